@@ -26,7 +26,6 @@ import math
 import os
 import platform
 import re
-import secrets
 import signal
 import subprocess
 import sys
@@ -35,7 +34,6 @@ import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -62,7 +60,7 @@ def knob(tiny, small, meaning: str, free: bool = False):
     small = tiny if small is ... else small
     return dataclasses.field(default=tiny, metadata=dict(small=small, meaning=meaning, free=free))
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     # field                        tiny      small      meaning (unit; what turns it off)
     track: Literal["tiny", "small"] = knob("tiny", "small", "preset of all other values")
@@ -196,7 +194,7 @@ def make_config(given: dict, saved: dict | None = None) -> Config:
 
 
 # ======== 2. Processes, log and clock. ================================================================================
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class World:
     """Where this process stands among the processes of the run; alone, without torchrun, it is rank 0 of 1."""
     rank: int
@@ -300,13 +298,13 @@ def catch_signals() -> list[int]:
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
               "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
+CPU_INFO = Path("/proc/cpuinfo")
+
 def describe_hardware(world: World) -> str:
     if world.device.type == "cuda":
         return f"{world.size} x {torch.cuda.get_device_name(world.device)}"
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        cpu = (re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [cpu])[0]
-    return f"{world.size} x {torch.get_num_threads()} threads of {cpu}"
+    names = re.findall(r"model name\s*: (.*)", CPU_INFO.read_text()) if CPU_INFO.exists() else [platform.processor()]
+    return f"{world.size} x {torch.get_num_threads()} threads of {(names or [platform.machine()])[0]}"
 
 def git_revision() -> str:
     """Returns the commit of this file's folder, with '-dirty' where tracked files differ from it, or 'none'."""
@@ -417,14 +415,9 @@ def norm(x: torch.Tensor) -> torch.Tensor:
     """RMSNorm over the last dimension, with no parameters (Zhang and Sennrich 2019, arXiv:1910.07467)."""
     return F.rms_norm(x, (x.size(-1),))
 
-class Linear(nn.Linear):
-    """x W^T without a bias; the weight is kept in fp32 and cast to the dtype of x."""
-
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+def linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """x W^T; the weight is kept in fp32 and cast to the dtype of x."""
+    return F.linear(x, layer.weight.to(x.dtype))
 
 def rotary_tables(seq_len: int, head_dim: int, base: float, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (cos, sin), fp32 (T, 1, K/2), of the angles position * base^(-2i/K)."""
@@ -443,26 +436,26 @@ class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.num_heads, self.scale = config.num_heads, config.attention_scale
-        self.qkv = Linear(config.model_dim, 3 * config.model_dim)     # rows: all heads of Q, then of K, then of V
-        self.proj = Linear(config.model_dim, config.model_dim)
+        self.qkv = nn.Linear(config.model_dim, 3 * config.model_dim, bias=False)     # rows: Q, then K, then V
+        self.proj = nn.Linear(config.model_dim, config.model_dim, bias=False)
 
     def forward(self, x_BTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(x_BTD).unflatten(2, (3, self.num_heads, -1)).unbind(2)
+        q, k, v = linear(self.qkv, x_BTD).unflatten(2, (3, self.num_heads, -1)).unbind(2)
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
         y_BHTK = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
                                                 scale=self.scale)
-        return self.proj(y_BHTK.transpose(1, 2).flatten(2))
+        return linear(self.proj, y_BHTK.transpose(1, 2).flatten(2))
 
 class MLP(nn.Module):
     """W2 relu(W1 x)^2 (So et al. 2021, arXiv:2109.08668)."""
 
     def __init__(self, config: Config):
         super().__init__()
-        self.up = Linear(config.model_dim, config.mlp_ratio * config.model_dim)
-        self.proj = Linear(config.mlp_ratio * config.model_dim, config.model_dim)
+        self.up = nn.Linear(config.model_dim, config.mlp_ratio * config.model_dim, bias=False)
+        self.proj = nn.Linear(config.mlp_ratio * config.model_dim, config.model_dim, bias=False)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return self.proj(F.relu(self.up(x_BTD)).square())
+        return linear(self.proj, F.relu(linear(self.up, x_BTD)).square())
 
 class Block(nn.Module):
     def __init__(self, config: Config):
@@ -481,7 +474,7 @@ class GPT(nn.Module):
         self.config, self.dtype, self.tables = config, dtype, None
         self.embed = nn.Embedding(config.padded_vocab_size, config.model_dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.lm_head = Linear(config.model_dim, config.padded_vocab_size)
+        self.lm_head = nn.Linear(config.model_dim, config.padded_vocab_size, bias=False)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> "GPT":
@@ -509,7 +502,7 @@ class GPT(nn.Module):
 
     def logits(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Returns the soft-capped logits (B, T, V), fp32, for the token after each token, of `hidden`'s result."""
-        logits_BTV = self.lm_head(norm(x_BTD)).float()
+        logits_BTV = linear(self.lm_head, norm(x_BTD)).float()
         return self.config.logit_softcap * torch.tanh(logits_BTV / self.config.logit_softcap)
 
     def loss(self, x_BTD: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
@@ -611,17 +604,18 @@ class Muon(torch.optim.Optimizer):
 
     def exchange(self, mine: dict, params: list) -> dict:
         """Returns every parameter's update, from its owner: one all-gather, each rank's part padded to the longest."""
-        sizes = [sum(p.numel() for p in params if self.owners[p] == rank) for rank in range(self.world_size)]
-        flat = params[0].new_zeros(max(sizes), dtype=self.ns_dtype)
-        if mine:
-            torch.cat([mine[p].flatten() for p in params if p in mine], out=flat[:sizes[self.rank]])
-        gathered = flat.new_empty(self.world_size * max(sizes))
+        owned = [[p for p in params if self.owners[p] == rank] for rank in range(self.world_size)]
+        flat = params[0].new_zeros(max(sum(p.numel() for p in part) for part in owned), dtype=self.ns_dtype)
+        offset = 0
+        for p in owned[self.rank]:
+            flat[offset:offset + p.numel()].view_as(p).copy_(mine[p])
+            offset += p.numel()
+        gathered = flat.new_empty(self.world_size * len(flat))
         getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(gathered, flat)     # renamed in torch 2.13
-        starts, updates = [rank * max(sizes) for rank in range(self.world_size)], {}
-        for p in params:
-            start = starts[self.owners[p]]
-            updates[p] = gathered[start:start + p.numel()].view_as(p)
-            starts[self.owners[p]] += p.numel()
+        updates = {}
+        for part, row in zip(owned, gathered.chunk(self.world_size), strict=True):
+            for p in part:
+                updates[p], row = row[:p.numel()].view_as(p), row[p.numel():]
         return updates
 
     def state_dict(self) -> dict:
@@ -771,16 +765,6 @@ def load_checkpoint(option: str, name: str) -> dict:
 
 
 # ======== 9. Main: set-up, priming, loop, summary. ====================================================================
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the GPU has units for it, else fp32 (torch.cuda.is_bf16_supported counts emulation too)."""
-    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.bfloat16 if fast else torch.float32
-
-def flops_per_token(model: GPT, c: Config) -> float:
-    """Of a training step: 6 a matrix weight, and 12 L T D for attention (PaLM, arXiv:2204.02311, appendix B)."""
-    weights = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and name != "embed.weight")
-    return 6 * weights + 12 * c.num_layers * c.seq_len * c.model_dim
-
 def accumulate_gradients(model: nn.Module, tokens: torch.Tensor, micro_batch: int, world: World) -> torch.Tensor:
     """Adds the gradient of the mean loss over the global batch, of which this rank has `tokens` (R, T + 1), int64.
 
@@ -843,7 +827,7 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
                        "the --train_files and --val_files of that run")
 
     # The run folder: one id for all ranks and nodes.
-    new_id = f"{c.track}_{datetime.datetime.now():%Y%m%d-%H%M%S}_{secrets.token_hex(2)}"
+    new_id = f"{c.track}_{datetime.datetime.now():%Y%m%d-%H%M%S}_{os.urandom(2).hex()}"
     c = dataclasses.replace(c, run_id=world.gather(c.run_id or new_id)[0])
     folder = Path(c.log_dir) / c.run_id
     if not resumed and world.gather((folder / "log.txt").exists())[0]:
@@ -851,7 +835,8 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
     log = RunLog(folder, world.rank)
 
     # Model and optimizers.
-    dtype = fast_dtype(device)
+    bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)     # older GPUs emulate it
+    dtype = torch.bfloat16 if bf16 else torch.float32
     torch.backends.cuda.matmul.allow_tf32 = True
     raw = GPT(c, dtype).initialize(c.seed)
     if c.init_from and not resumed:
@@ -867,7 +852,7 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
         with world.collective("start-up broadcast of the weights"):
             gpus = [device] if device.type == "cuda" else None
             model = DistributedDataParallel(raw, gpus, gradient_as_bucket_view=True)
-    optimizers, table = make_optimizers(raw, c, ns_dtype=None if dtype == torch.float32 else dtype)
+    optimizers, table = make_optimizers(raw, c, ns_dtype=dtype if bf16 else None)
 
     tokens_total, epochs = positions[-1] * c.seq_len, positions[-1] / train_rows.num_rows
     hardware, revision = describe_hardware(world), git_revision()
@@ -878,7 +863,7 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
     log(f"source: sha256 {hashlib.sha256(source.encode()).hexdigest()}, git {revision}", console=False)
     log(f"versions: python {platform.python_version()}, torch {torch.__version__}, cuda {torch.version.cuda}, "
         f"{platform.platform()}")
-    log(f"hardware: {hardware}, {world.size} process{'es' * (world.size > 1)}")
+    log(f"hardware: {hardware}")
     log(f"kernels: attention torch SDPA; activations and Newton-Schulz {str(dtype)[6:]}; torch.compile "
         + ("per block" if compiled else "off"))
     left_out = train_rows.num_tokens - train_rows.num_rows * c.seq_len
@@ -891,7 +876,7 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
         log("warning: this is not the track's data (its sha256 differs): the loss of this run does not compare")
     log(f"batch: {', '.join(f'{n:,}' for n in c.batch_tokens)} tokens a step; a process runs "
         f"{', '.join(map(str, micro_batches.values()))} rows of {c.seq_len} at once")
-    log(f"parameters: {parameters:,}, of which {in_blocks:,} in the blocks\n{table}")
+    log(f"model: {parameters:,} parameters, of which {in_blocks:,} in the blocks\n{table}")
 
     prime_seconds = prime(model, raw, optimizers, c, world, set(micro_batches.values()))
     log(f"priming: {prime_seconds:.1f} s of compilation and dummy steps, outside the training time")
@@ -977,13 +962,15 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
         return 128 + (signals or [signal.SIGTERM])[0]
 
     # Summary: `key: value` lines for grep, and the same as JSON.
-    speed, gpu = tokens_total / clock.elapsed, torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu and dtype == torch.bfloat16), None)
+    speed = tokens_total / clock.elapsed
+    # FLOP a token of a step: 6 a matrix weight, and 12 L T D for attention (PaLM, arXiv:2204.02311, appendix B).
+    flops = 6 * (parameters - raw.embed.weight.numel()) + 12 * c.num_layers * c.seq_len * c.model_dim
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if bf16 and name in hardware), None)
     summary = dict(
         run_id=c.run_id, track=c.track, val_loss=val_loss, target=c.target, target_reached=val_loss <= c.target,
         data_comparable=comparable, train_seconds=clock.elapsed, compile_seconds=prime_seconds, steps=c.num_steps,
         tokens=tokens_total, tokens_per_second=speed,
-        mfu=speed * flops_per_token(raw, c) / (peak * world.size) if peak else None,
+        mfu=speed * flops / (peak * world.size) if peak else None,
         peak_memory_gib=max(world.gather(peak_memory_gib(device))), parameters=parameters, seed=c.seed,
         world_size=world.size, hardware=hardware, torch=torch.__version__, git=revision,
         train_sha256=data["train"], val_sha256=data["val"])

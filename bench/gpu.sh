@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# The GPU checks of bench/README.md, on one GPU, in parts of under 10 minutes each, with no network:
+#   bench/gpu.sh tests     the tests marked cuda
+#   bench/gpu.sh small     50 steps of the small track on local text: tokens a second, MFU, memory, compile seconds
+#   bench/gpu.sh all       both
+# PYTHON names the interpreter (default: python3; torch 2.11 or newer), OUT a folder for the logs (default: logs/gpu).
+# The text is the Python sources of the interpreter's own site-packages in GPT-2 tokens; TIKTOKEN_CACHE_DIR must name a
+# folder with r50k_base (default: .tiktoken).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+out=${OUT:-logs/gpu}
+export TIKTOKEN_CACHE_DIR=${TIKTOKEN_CACHE_DIR:-.tiktoken}
+mkdir -p "$out"
+
+tests() {
+    "$python" -m pytest -m cuda -v -p no:cacheprovider 2>&1 | tee "$out/cuda_tests.txt"
+}
+
+small() {
+    local packages
+    packages=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+    [ -f data/site_packages/val_000000.bin ] ||
+        "$python" data/local_text.py "$packages" --suffixes .py --encoding gpt2 --out data/site_packages
+    "$python" train_gpt.py small --num_steps 50 --cooldown_steps 20 --val_every 0 --val_tokens 524288 \
+        --train_files 'data/site_packages/train_*.bin' --val_files 'data/site_packages/val_*.bin' \
+        --log_dir "$out" --run_id small_50_steps "${@:2}"
+}
+
+case ${1:-} in
+    tests) tests ;;
+    small) small "$@" ;;
+    all) tests && small ;;
+    *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+esac

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Environment and tests: ./test.sh [pytest arguments]; ./test.sh --slow adds the tests that take minutes.
+set -euo pipefail
+cd "$(dirname "$0")"
+python=$(./run.sh env requirements-dev.txt)
+"$python" -m ruff check .
+exec "$python" -m pytest "$@"

@@ -1,0 +1,62 @@
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from shards import ShardWriter
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--num_layers", "2", "--num_heads", "2", "--head_dim", "16", "--seq_len", "32", "--batch_tokens", "512",
+         "--val_tokens", "2048", "--num_steps", "20", "--cooldown_steps", "10", "--momentum_warmup_steps", "5"]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    import torch
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: ./test.sh --slow"))
+        if "cuda" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no GPU here: bench/gpu.sh runs it on one"))
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> list[str]:
+    """Options that name small shards: bytes of a second-order pattern, which a model can learn."""
+    folder = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(0)
+    words = [bytes(random.integers(97, 123, size=random.integers(2, 7), dtype=np.uint8)) for _ in range(40)]
+    for name, size in (("train_000000", 3000), ("train_000001", 1001), ("val_000000", 1500)):
+        data = b" ".join(words[i] for i in random.integers(0, len(words), size=size))
+        with ShardWriter(folder / f"{name}.bin", 257) as shard:
+            shard.write(np.concatenate([[256], np.frombuffer(data, dtype=np.uint8)]).astype("<u2"))
+    return ["--train_files", f"{folder}/train_*.bin", "--val_files", f"{folder}/val_*.bin"]
+
+
+def command(*arguments, nproc: int = 1) -> list[str]:
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
+    return [sys.executable, *launch, str(ROOT / "train_gpt.py"), *map(str, arguments)]
+
+
+def environment() -> dict:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(*arguments, nproc: int = 1, timeout: float = 200) -> subprocess.CompletedProcess:
+    """Runs the real train_gpt.py, under torchrun for nproc > 1, and returns what it printed and its status."""
+    return subprocess.run(command(*arguments, nproc=nproc), capture_output=True, text=True, timeout=timeout,
+                          env=environment())
+
+
+def losses(log: Path) -> dict[tuple[str, int], str]:
+    """Returns {(train or val, step): loss as printed} of a run folder; a step logged twice must agree."""
+    found = {}
+    for step, kind, loss in re.findall(r"^step:(\d+)/\d+ (train|val)_loss:(\S+)", (log / "log.txt").read_text(), re.M):
+        assert found.setdefault((kind, int(step)), loss) == loss, f"step {step} has {kind} losses {loss} and another"
+    return found

@@ -1,0 +1,53 @@
+"""What only a GPU can show; bench/gpu.sh runs these on one."""
+
+import pytest
+import torch
+from conftest import SMALL, losses, run
+from test_model import reference_logits, small_model
+
+import train_gpt
+
+pytestmark = pytest.mark.cuda
+
+
+def test_bf16_forward_against_float64():
+    """bf16 has 8 bits of precision: a few layers of it end within some percent of the float64 logits."""
+    model = small_model()
+    tokens = torch.randint(257, (1, 24), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = reference_logits(model, tokens[0].tolist())
+        model.dtype = torch.bfloat16
+        logits = model.cuda().logits(model.hidden(tokens.cuda()))[0].double().cpu()
+    assert (logits - expected).norm() / expected.norm() < 0.03
+
+
+@pytest.mark.parametrize("shape", [(4, 512, 768), (2, 768, 3072)])
+def test_bf16_newton_schulz(shape):
+    G = torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    values = torch.linalg.svdvals(train_gpt.orthogonalize(G, 5, torch.bfloat16).double())
+    assert values.min() >= 0.6 and values.max() <= 1.25
+
+
+def test_a_run_learns_compiled_and_eager_and_resumes(text, tmp_path):
+    """The same losses to bf16's rounding with and without torch.compile, and after a resume."""
+    for name in ("on", "off"):
+        options = ["--compile", name, "--save_every", 12, "--log_dir", tmp_path, "--run_id", name]
+        result = run("tiny", *SMALL, *text, *options, timeout=400)
+        assert result.returncode == 0, result.stderr
+    log = (tmp_path / "on/log.txt").read_text()
+    assert "bfloat16" in log and "torch.compile per block" in log
+    compiled, eager = losses(tmp_path / "on"), losses(tmp_path / "off")
+    assert float(eager["val", 20]) < 4.2
+    assert max(abs(float(compiled[key]) - float(eager[key])) for key in eager) < 0.05
+    result = run("--resume", tmp_path / "off", "--log_dir", tmp_path / "again", "--compile", "off", timeout=400)
+    assert result.returncode == 0, result.stderr
+    resumed = losses(tmp_path / "again/off")
+    assert max(abs(float(loss) - float(eager[key])) for key, loss in resumed.items()) < 0.02
+
+
+def test_losses_do_not_depend_on_the_micro_batch(text, tmp_path):
+    for micro_batch in (16, 2):
+        options = ["--micro_batch", micro_batch, "--compile", "off", "--log_dir", tmp_path, "--run_id", micro_batch]
+        assert run("tiny", *SMALL, *text, *options, timeout=400).returncode == 0
+    a, b = losses(tmp_path / "16"), losses(tmp_path / "2")
+    assert max(abs(float(a[key]) - float(b[key])) for key in a) < 0.02

@@ -1,0 +1,185 @@
+"""Shards, local text, and the order in which rows are read."""
+
+import hashlib
+import importlib.util
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shards
+import torch
+from conftest import ROOT, SMALL, run
+
+import train_gpt
+
+
+def tokenize(*arguments):
+    return subprocess.run([sys.executable, ROOT / "data/local_text.py", *map(str, arguments)], capture_output=True,
+                          text=True)
+
+
+def write_shard(path: Path, tokens, vocab_size: int = 257) -> Path:
+    with shards.ShardWriter(path, vocab_size) as shard:
+        shard.write(np.asarray(tokens, dtype="<u2"))
+    return path
+
+
+def test_round_trip_and_header(tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 257, size=1000).astype("<u2")
+    path = write_shard(tmp_path / "a.bin", tokens)
+    raw = path.read_bytes()
+    header = np.frombuffer(raw[:1024], dtype="<i4")
+    assert list(header[:4]) == [20240520, 1, 1000, 257] and not header[5:].any()
+    assert raw[1024:] == tokens.tobytes()     # what upstream tools read: the header, then the tokens alone
+    assert np.array_equal(shards.read_shard(path)[0], tokens)
+    assert train_gpt.open_shard(str(path), 257).tolist() == tokens.tolist()
+    assert train_gpt.check_shard(str(path), 257) == hashlib.sha256(raw).hexdigest()
+    gpt2 = write_shard(tmp_path / "b.bin", [50256], 50257).read_bytes()
+    assert np.frombuffer(gpt2[:1024], dtype="<i4")[3] == 0
+
+
+def test_an_upstream_shard_without_vocabulary_and_checksum_is_read(tmp_path):
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, 5
+    (tmp_path / "up.bin").write_bytes(header.tobytes() + np.array([1, 2, 3, 50256, 0], dtype="<u2").tobytes())
+    assert train_gpt.open_shard(str(tmp_path / "up.bin"), 50257).tolist() == [1, 2, 3, 50256, 0]
+    assert train_gpt.check_shard(str(tmp_path / "up.bin"), 50257)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    with pytest.raises(shards.ShardError, match="token 300 is outside the vocabulary of 257"):
+        write_shard(tmp_path / "a.bin", [1, 300])
+    with pytest.raises(KeyboardInterrupt), shards.ShardWriter(tmp_path / "a.bin", 257) as shard:
+        shard.write(np.array([1], dtype="<u2"))
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_local_text_follows_its_rule(tmp_path):
+    """Against the rule written out again here: end-of-text, the first 65,536 bytes, sha1(path) mod 20, its order."""
+    source, rng = tmp_path / "source", random.Random(0)
+    texts = {f"sub{i % 3}/file{i}.py": rng.randbytes(rng.choice([0, 1, 100, 70_000])) for i in range(120)}
+    for name, data in {**texts, "skipped.bin": b"x"}.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(data)
+    result = tokenize(source, "--out", tmp_path / "out", "--suffixes", ".py")
+    assert result.returncode == 0, result.stderr
+    expected = {"train": [], "val": []}
+    for name in sorted(texts, key=lambda name: hashlib.sha1(name.encode()).hexdigest()):
+        split = "val" if int(hashlib.sha1(name.encode()).hexdigest(), 16) % 20 == 0 else "train"
+        expected[split] += [256, *texts[name][:65536]]
+    for split, tokens in expected.items():
+        assert tokens and shards.read_shard(tmp_path / f"out/{split}_000000.bin")[0].tolist() == tokens
+
+
+def test_local_text_in_gpt2_tokens(tmp_path, monkeypatch):
+    cache = ROOT.parent / "shared/tiktoken"
+    if not cache.is_dir():
+        pytest.skip("no tiktoken cache with r50k_base at ../shared/tiktoken, and no network")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+    text = "Hello, world! naïve café 🙂\n"
+    for i in range(40):
+        (tmp_path / f"{i}.txt").write_text(text * (i + 1))
+    assert tokenize(tmp_path, "--out", tmp_path / "out", "--encoding", "gpt2").returncode == 0
+    import tiktoken
+    encoding = tiktoken.get_encoding("r50k_base")
+    tokens, vocab_size = shards.read_shard(tmp_path / "out/val_000000.bin")
+    assert vocab_size == 50257
+    documents = encoding.decode(tokens.tolist()).split("<|endoftext|>")[1:]
+    assert documents and all(document and document == text * (len(document) // len(text)) for document in documents)
+
+
+def test_local_text_errors(tmp_path):
+    (tmp_path / "one.txt").write_text("x")
+    for arguments, message in (([tmp_path], "--out"), ([tmp_path / "no", "--out", tmp_path], "is not a folder"),
+                               ([tmp_path, "--out", tmp_path / "out"], "both splits need one")):
+        result = tokenize(*arguments)
+        assert result.returncode != 0 and message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_tiny_data_is_what_the_preset_names(tmp_path):
+    if torch.__version__.split("+")[0] != "2.13.0":
+        pytest.skip(f"the preset's sha256 are of torch 2.13.0's sources, here is {torch.__version__}")
+    assert tokenize("--out", tmp_path).returncode == 0
+    c = train_gpt.make_config(dict(track="tiny"))
+    for split, expected in (("train", c.train_sha256), ("val", c.val_sha256)):
+        assert hashlib.sha256((tmp_path / f"{split}_000000.bin").read_bytes()).hexdigest() == expected
+    tokens = shards.read_shard(tmp_path / "val_000000.bin")[0]
+    folder = Path(importlib.util.find_spec("torch").origin).parent
+    first = bytes(tokens[1:1 + int(np.argmax(tokens[1:] == 256))].astype(np.uint8))
+    assert any(path.read_bytes()[:65536] == first for path in folder.rglob("*.py"))
+
+
+def corrupt(text: list[str], folder: Path, change) -> list[str]:
+    """Options that name a copy of the shards, whose first training shard `change` has edited as bytes."""
+    for path in Path(text[1]).parent.glob("*.bin"):
+        data = bytearray(path.read_bytes())
+        (folder / path.name).write_bytes(change(data) or data if path.name == "train_000000.bin" else data)
+    return ["--train_files", f"{folder}/train_*.bin", "--val_files", f"{folder}/val_*.bin"]
+
+
+def set_bytes(start: int, value: bytes):
+    def change(data):
+        data[start:start + len(value)] = value
+    return change
+
+
+@pytest.mark.parametrize("change, message", [
+    (set_bytes(0, b"\1\2\3\4"), "magic 67305985, version 1, but a shard has 20240520 and 1"),
+    (lambda data: data[:-100], "truncated"),
+    (lambda data: data[:500], "500 bytes are less than a shard's header"),
+    (set_bytes(8, b"\1\0\0\0"), "the header's 1 tokens make 1026 bytes"),
+    (set_bytes(8, b"\xff\xff\xff\xff"), "the header's -1 tokens"),
+    (set_bytes(2000, b"\1\1"), "token 257 is outside the vocabulary of 257"),
+    (set_bytes(2000, b"\xff\xff"), "token 65535 is outside the vocabulary of 257"),
+    (set_bytes(2000, b"\7\0"), "do not match the checksum"),
+    (set_bytes(12, b"\0\2\0\0"), "has a vocabulary of 512; give --vocab_size that"),
+], ids=["magic", "truncated", "short", "tokens", "negative", "range", "uint16", "checksum", "vocabulary"])
+def test_bad_shards_are_named_before_anything_trains(text, tmp_path, change, message):
+    options = corrupt(text, tmp_path, change)
+    result = run("tiny", *SMALL, *options, "--log_dir", tmp_path / "logs")
+    assert result.returncode == 2 and not (tmp_path / "logs").exists()
+    assert "train_000000.bin" in result.stderr and message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_empty_pattern(tmp_path):
+    result = run("tiny", *SMALL, "--train_files", tmp_path / "no_*.bin", "--log_dir", tmp_path / "logs")
+    assert result.returncode == 2 and "no file matches" in result.stderr and "--train_files" in result.stderr
+
+
+def make_rows(tmp_path, lengths, seq_len=8, max_rows=10**9):
+    start = 0
+    for i, length in enumerate(lengths):
+        write_shard(tmp_path / f"s_{i:03d}.bin", (np.arange(start, start + length)) % 257)
+        start += length
+    return train_gpt.Rows("train_files", f"{tmp_path}/s_*.bin", 257, seq_len, max_rows)
+
+
+def test_rows_are_the_windows_of_each_shard(tmp_path):
+    """Shards of awkward lengths: too short for a row, exactly one, one token over, a large one."""
+    lengths = [3, 9, 17, 8, 100]
+    rows, start, expected = make_rows(tmp_path, lengths), 0, []
+    for length in lengths:
+        expected += [[(start + i + j) % 257 for j in range(9)] for i in range(0, length - 8, 8)]
+        start += length
+    assert rows.num_rows == len(expected) and rows.read(range(rows.num_rows)).tolist() == expected
+
+
+def test_order_is_a_permutation_an_epoch_and_a_function_of_the_seed(tmp_path):
+    rows = make_rows(tmp_path, [500, 300])
+    n = rows.num_rows
+    first, second = rows.shuffled(1, range(n)), rows.shuffled(1, range(n, 2 * n))
+    assert sorted(first) == sorted(second) == list(range(n)) and first != second
+    assert rows.shuffled(2, range(n)) != first
+    fresh = make_rows(tmp_path, [500, 300])
+    assert fresh.shuffled(1, range(n - 5, n + 5)) == first[-5:] + second[:5]     # from anywhere, over an epoch's end
+    moved = sum(abs(a - b) > 1 for a, b in zip(first, first[1:], strict=False))
+    assert moved > 0.9 * n     # neighbours in the text are not neighbours in the order
+
+
+def test_a_run_reads_only_the_shards_that_its_budget_needs(tmp_path):
+    rows = make_rows(tmp_path, [81, 81, 81], max_rows=11)
+    assert rows.num_rows == 20 and len(rows.paths) == 2 and rows.num_found == 3

@@ -1,0 +1,118 @@
+"""The model, against float64 references written out here."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_gpt
+
+
+def small_model(**fields) -> train_gpt.GPT:
+    given = {**dict(track="tiny", num_layers=2, num_heads=2, head_dim=16, seq_len=32, batch_tokens=(32,)), **fields}
+    model = train_gpt.GPT(train_gpt.make_config(given)).initialize(0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():     # the zero-initialised projections too
+            p.add_(torch.randn(p.shape, generator=generator), alpha=0.05)
+    return model
+
+
+def reference_logits(model: train_gpt.GPT, tokens: list[int]) -> torch.Tensor:
+    """The same function in float64, one row, with loops: (T, V)."""
+    c, w = model.config, {name: p.double() for name, p in model.named_parameters()}
+
+    def norm(x):
+        return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+
+    def rotate(x_TK):
+        half = c.head_dim // 2
+        out = torch.empty_like(x_TK)
+        for t in range(len(x_TK)):
+            for i in range(half):
+                angle = t * c.rope_base ** (-2 * i / c.head_dim)
+                a, b = x_TK[t, i], x_TK[t, i + half]
+                out[t, i] = a * math.cos(angle) - b * math.sin(angle)
+                out[t, i + half] = a * math.sin(angle) + b * math.cos(angle)
+        return out
+
+    x = norm(w["embed.weight"][tokens])
+    for layer in range(c.num_layers):
+        name = f"blocks.{layer}."
+        q, k, v = (norm(x) @ w[name + "attention.qkv.weight"].T).chunk(3, dim=-1)
+        heads = []
+        for h in range(c.num_heads):
+            part = slice(h * c.head_dim, (h + 1) * c.head_dim)
+            scores = rotate(norm(q[:, part])) @ rotate(norm(k[:, part])).T * c.attention_scale
+            mask = torch.ones_like(scores, dtype=torch.bool).tril()
+            heads.append(scores.masked_fill(~mask, -math.inf).softmax(-1) @ v[:, part])
+        x = x + torch.cat(heads, -1) @ w[name + "attention.proj.weight"].T
+        x = x + F.relu(norm(x) @ w[name + "mlp.up.weight"].T) ** 2 @ w[name + "mlp.proj.weight"].T
+    logits = norm(x) @ w["lm_head.weight"].T
+    return c.logit_softcap * torch.tanh(logits / c.logit_softcap)
+
+
+def test_forward_against_float64():
+    model = small_model()
+    tokens = torch.randint(257, (1, 12), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = reference_logits(model, tokens[0].tolist())
+        logits = model.logits(model.hidden(tokens))[0]
+        torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-5)
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+    assert loss.item() == pytest.approx(F.cross_entropy(expected[:-1], tokens[0, 1:]).item(), rel=1e-5)
+
+
+def test_causal():
+    """Changing token t changes no output before t, and does change the output at t."""
+    model = small_model()
+    tokens = torch.randint(257, (1, 32), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        before = model.logits(model.hidden(tokens))
+        for t in (0, 1, 15, 31):
+            changed = tokens.clone()
+            changed[0, t] = (changed[0, t] + 1) % 257
+            after = model.logits(model.hidden(changed))
+            assert torch.equal(before[:, :t], after[:, :t]) and not torch.equal(before[:, t], after[:, t])
+
+
+def test_first_loss_is_that_of_a_uniform_guess():
+    c = train_gpt.make_config(dict(track="tiny"))
+    tokens = torch.randint(257, (2, 65))
+    loss = train_gpt.GPT(c).initialize(0)(tokens[:, :-1], tokens[:, 1:])
+    assert loss.item() == pytest.approx(math.log(c.padded_vocab_size), abs=1e-5)
+
+
+def test_initial_weights_are_a_function_of_the_seed():
+    c = train_gpt.make_config(dict(track="tiny"))
+    a, b, other = (train_gpt.GPT(c).initialize(seed).state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["embed.weight"], other["embed.weight"])
+    assert not any(a[name].any() for name in a if name.endswith("proj.weight") or name == "lm_head.weight")
+
+
+def test_a_parameter_without_a_rule_is_named():
+    model = small_model()
+    model.blocks[0].extra = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(train_gpt.RunError, match=r"parameter blocks\.0\.extra: no rule"):
+        model.initialize(0)
+    with pytest.raises(train_gpt.RunError, match=r"parameter blocks\.0\.extra: no row"):
+        train_gpt.make_optimizers(model, model.config)
+
+
+def test_124m_model_takes_a_step():
+    """The `small` preset builds and takes one CPU step, on one row cut to 64 tokens."""
+    c = train_gpt.make_config(dict(track="small", ns_steps=1))     # of 5, for the time of this test
+    model = train_gpt.GPT(c).initialize(0)
+    assert sum(p.numel() for p in model.blocks.parameters()) == 12 * 12 * 768**2
+    assert sum(p.numel() for p in model.parameters()) - model.lm_head.weight.numel() == 123_568_128     # "124M"
+    optimizers, table = train_gpt.make_optimizers(model, c)
+    assert "12 of 2304x768" in table
+    world = train_gpt.World(0, 1, torch.device("cpu"), 60)
+    tokens = torch.randint(c.vocab_size, (1, 65), generator=torch.Generator().manual_seed(0))
+    before = train_gpt.accumulate_gradients(model, tokens, 1, world)
+    assert before.item() == pytest.approx(math.log(50304), abs=1e-3)
+    train_gpt.update(optimizers, c, 0, world)
+    with torch.no_grad():
+        assert model(tokens[:, :-1], tokens[:, 1:]).item() < before.item()
