@@ -27,9 +27,13 @@ PY
 
 find_python() { # requirements file: prints an interpreter that satisfies it
     if [ -n "${PYTHON:-}" ]; then
-        "$PYTHON" -c 'import sys, torch
-good = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
-sys.exit(not good and f"run.sh: PYTHON has torch {torch.__version__}; give one with 2.11 or newer, or none")' || return 1
+        "$PYTHON" -c 'import importlib.metadata, sys
+try:
+    version = importlib.metadata.version("torch")
+except importlib.metadata.PackageNotFoundError:
+    version = "0.0 (none)"
+if tuple(map(int, version.split()[0].split(".")[:2])) < (2, 11):
+    sys.exit(f"run.sh: PYTHON={sys.executable} has torch {version}; name one with 2.11 or newer, or none")' || return 1
         echo "$PYTHON"
         return
     fi
@@ -43,8 +47,8 @@ sys.exit(not good and f"run.sh: PYTHON has torch {torch.__version__}; give one w
     for python in python3 python3.13 python3.12 python3.11 python3.10; do
         if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
             echo "run.sh: installing $1 into .venv, once" >&2
-            [ -x .venv/bin/python ] || "$python" -m venv .venv >&2
-            .venv/bin/python -m pip install --disable-pip-version-check --quiet -r "$1" >&2
+            [ -x .venv/bin/python ] || "$python" -m venv .venv >&2 || return 1
+            .venv/bin/python -m pip install --disable-pip-version-check --quiet -r "$1" >&2 || return 1
             echo .venv/bin/python
             return
         fi
@@ -109,4 +113,6 @@ while kill -0 $trainer 2>/dev/null; do     # a signal ended the wait: the traine
     wait $trainer || status=$?
 done
 [ "$status" = 0 ] || exit "$status"
-[ "${NODE_RANK:-0}" = 0 ] && "$python" records/plot.py "$(ls -td "$log_dir"/*/ | head -n 1)"
+if [ "${NODE_RANK:-0}" = 0 ]; then
+    "$python" records/plot.py "$(ls -td "$log_dir"/*/ | head -n 1)"
+fi

@@ -110,7 +110,7 @@ def test_a_second_ctrl_c_exits_at_once(text, tmp_path):
 
 def test_resume_rejects_what_would_change_the_run(one, text, tmp_path):
     for arguments, message in (
-            (["--lr", "0.5"], "--lr 0.5: would change the run, whose checkpoint has 0.003"),
+            (["--lr", "0.5"], "--lr 0.5: would change the run, whose checkpoint has 0.002"),
             (["small"], "--track small: would change the run"),
             (["--val_files", text[1]], "its run read other data")):
         result = run(*arguments, "--resume", one, "--log_dir", tmp_path)
