@@ -101,9 +101,9 @@ class Config:
     adam_eps: float         = knob(1e-8,     ...,       "of AdamW")
     adam_weight_decay: float = knob(0.0,     ...,       "of lm_head and embedding, decoupled (0 = off)")
     # Schedule
-    num_steps: int          = knob(960,      4600,      "optimizer steps")
+    num_steps: int          = knob(1000,     4600,      "optimizer steps")
     warmup_steps: int       = knob(0,        ...,       "steps of linear warm-up (0 = off)")
-    cooldown_steps: int     = knob(720,      1800,      "steps of linear cool-down at the end (0 = off)")
+    cooldown_steps: int     = knob(750,      1800,      "steps of linear cool-down at the end (0 = off)")
     final_lr_frac: float    = knob(0.0,      ...,       "rate at the end of the cool-down over its peak")
     # Run
     seed: int               = knob(0,        ...,       "of the initial weights and of the data's order")
