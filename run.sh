@@ -11,10 +11,13 @@ cd "$(dirname "$0")"
 satisfies() { # interpreter, requirements file: whether every pinned version is installed there
     "$1" - "$2" <<'PY'
 import importlib.metadata, pathlib, sys
-from pip._vendor.packaging.requirements import Requirement
+try:
+    from packaging.requirements import Requirement
+except ImportError:
+    from pip._vendor.packaging.requirements import Requirement
 
 def pins(name):
-    for line in pathlib.Path(name).read_text().splitlines():
+    for line in filter(None, pathlib.Path(name).read_text().splitlines()):
         yield from pins(line[3:]) if line.startswith("-r ") else [Requirement(line)]
 
 try:
@@ -47,7 +50,7 @@ if tuple(map(int, version.split()[0].split(".")[:2])) < (2, 11):
     for python in python3 python3.13 python3.12 python3.11 python3.10; do
         if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
             echo "run.sh: installing $1 into .venv, once" >&2
-            [ -x .venv/bin/python ] || "$python" -m venv .venv >&2 || return 1
+            [ -x .venv/bin/pip ] || "$python" -m venv .venv >&2 || return 1
             .venv/bin/python -m pip install --disable-pip-version-check --quiet -r "$1" >&2 || return 1
             echo .venv/bin/python
             return
@@ -68,22 +71,27 @@ read -r gpus large < <("$python" -c 'import torch
 gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
 print(len(gpus), int(any((g.major, g.minor) >= (8, 0) and g.total_memory >= 20e9 for g in gpus)))')
 
-log_dir=logs own_data=0 resume=0 previous=
+log_dir=logs resume='' track='' own_data='' previous=''
 for argument in "$@"; do
-    case $argument in
-        --log_dir=*) log_dir=${argument#*=} ;;
-        --train_files*) own_data=1 ;;
-        --resume*) resume=1 ;;
-        -h | --help) exec "$python" train_gpt.py --help ;;
+    case $previous$argument in
+        --help | -h) exec "$python" train_gpt.py --help ;;
+        --log_dir?*) log_dir=${argument#--log_dir=} ;;
+        --resume?*) resume=${argument#--resume=} ;;
+        --train_files?*) own_data=1 ;;
+        tiny | small) track=$argument ;;
     esac
-    [ "$previous" = --log_dir ] && log_dir=$argument
-    previous=$argument
+    case $argument in
+        --*=*) previous='' ;;
+        --*) previous=$argument ;;
+        *) previous='' ;;
+    esac
 done
-case ${1:-} in
-    "" | --*) [ "$resume" = 1 ] || { [ "$large" = 1 ] && set -- small "$@" || set -- tiny "$@"; } ;;
-esac
-if [ "$own_data$resume" = 00 ]; then
-    case $1 in
+if [ -z "$track$resume" ]; then
+    [ "$large" = 1 ] && track=small || track=tiny
+    set -- $track "$@"
+fi
+if [ -z "$own_data$resume" ]; then
+    case $track in
         tiny) "$python" data/local_text.py ;;
         small) "$python" data/fineweb.py ;;
     esac
@@ -91,7 +99,10 @@ fi
 
 # Signals: the terminal sends Ctrl-C to the trainer too, SIGTERM has to be passed on; either way it saves and stops.
 if [ "$gpus" -gt 0 ] || [ -n "${NPROC_PER_NODE:-}${NNODES:-}" ]; then
-    nproc=${NPROC_PER_NODE:-$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 1)}
+    nproc=${NPROC_PER_NODE:-$gpus}
+    if [ -z "${NPROC_PER_NODE:-}" ] && { [ "$track" = tiny ] || [ "$gpus" = 0 ]; }; then
+        nproc=1     # a step of tiny has 4 rows
+    fi
     if [ "${NNODES:-1}" = 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
         rendezvous=(--standalone)
     else
@@ -114,5 +125,8 @@ while kill -0 $trainer 2>/dev/null; do     # a signal ended the wait: the traine
 done
 [ "$status" = 0 ] || exit "$status"
 if [ "${NODE_RANK:-0}" = 0 ]; then
-    "$python" records/plot.py "$(ls -td "$log_dir"/*/ | head -n 1)"
+    run=$resume     # a resumed run goes on in its own folder; a new one is the newest
+    [ -n "$run" ] || run=$(ls -td "$log_dir"/*/ | head -n 1)
+    [ -d "$run" ] || run=$(dirname "$run")
+    "$python" records/plot.py "$run" || echo "run.sh: the run is whole, but its plot could not be drawn" >&2
 fi

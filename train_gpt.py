@@ -67,10 +67,8 @@ class Config:
     # Data
     train_files: str        = knob("data/tiny/train_*.bin", "data/fineweb10B/fineweb_train_*.bin", "shards", FREE)
     val_files: str          = knob("data/tiny/val_*.bin",   "data/fineweb10B/fineweb_val_*.bin",   "shards", FREE)
-    train_sha256: str       = knob("8c50fa9a10abf3fef5d6cd34ceedb667a62d72251aba450c66b02e151bbedac6", "",
-                                   "of the training shards whose loss compares ('' = any)")
-    val_sha256: str         = knob("709ddb7c9af041164ff67d6e516132236f9070f4f3d20eb9f4b26582240e3e11", "",
-                                   "of the validation shards whose loss compares ('' = any)")
+    train_sha256: str       = knob("8c50fa9a10abf3fef5d6cd34ceedb667a62d72251aba450c66b02e151bbedac6", "", "of shards")
+    val_sha256: str         = knob("709ddb7c9af041164ff67d6e516132236f9070f4f3d20eb9f4b26582240e3e11", "", "of shards")
     vocab_size: int         = knob(257,      50257,     "tokens; end-of-text is the last (padded to a multiple of 64)")
     val_tokens: int         = knob(2**20,    10 * 2**20, "tokens that the validation loss is the mean over")
     target: float           = knob(1.30,     3.28,      "validation loss to reach (nats a token)")
@@ -142,7 +140,8 @@ class Config:
             check(all(n and n % self.seq_len == 0 for n in (value if isinstance(value, tuple) else [value])), name,
                   f"must be a positive multiple of --seq_len {self.seq_len}")
         check(len(self.betas) == 2 and max(self.betas) < 1, "betas", "must be two numbers below 1, such as 0.9,0.95")
-        for name, limit in dict(momentum=1, momentum_start=1, final_lr_frac=1, warmup_steps=self.num_steps).items():
+        limits = dict(momentum=1, momentum_start=1, final_lr_frac=1, warmup_steps=self.num_steps, seed=2**32)
+        for name, limit in limits.items():
             check(getattr(self, name) <= limit, name, f"must be at most {limit}")
         check(re.fullmatch(r"[\w.-]*", self.run_id), "run_id", "names a folder: letters, digits, '.', '_' and '-' only")
 
@@ -159,8 +158,9 @@ def parse_command_line(arguments: list[str]) -> dict:
         if get_origin(f.type) is Literal:
             options = dict(choices=get_args(f.type))
         elif get_origin(f.type) is tuple:
-            kind = get_args(f.type)[0]
-            options = dict(type=partial(lambda kind, text: tuple(map(kind, text.split(","))), kind), metavar="N,..")
+            def numbers(text, f=f):
+                return tuple(map(get_args(f.type)[0], text.split(",")))
+            options = dict(type=numbers, metavar="N,..")
         if f.name == "compile":
             options.update(nargs="?", const="on")     # --compile alone means on
         small = "" if f.metadata["small"] == f.default else f"; small {f.metadata['small']!r}"
@@ -170,7 +170,7 @@ def parse_command_line(arguments: list[str]) -> dict:
     except argparse.ArgumentError as error:
         raise RunError(f"{error}; --help lists the fields and their kinds") from None
     for word, names in [(word, FIELDS) for word in unknown] + [(known.track or "tiny", TRACKS)]:
-        if word not in TRACKS:
+        if names is FIELDS or word not in TRACKS:
             near = difflib.get_close_matches(word.lstrip("-").split("=")[0], names, n=1)
             raise RunError(f"{word}: no such {'track' if names is TRACKS else 'field of Config'}; "
                            + (f"did you mean {near[0]}?" if near else f"--help lists them: {', '.join(names)}"))
@@ -190,7 +190,9 @@ def make_config(given: dict, saved: dict | None = None) -> Config:
         if not FIELDS[name].metadata["free"] and value != saved[name]:
             raise RunError(f"--{name} {value}: would change the run, whose checkpoint has {saved[name]}; leave it out, "
                            "or start a new run from the weights with --init_from")
-    return Config(**{**saved, **given})
+    path = Path(given["resume"]).resolve()
+    folder = path if path.is_dir() else path.parent     # the run goes on where its checkpoint lies
+    return Config(**{**saved, "log_dir": str(folder.parent), "run_id": folder.name, **given})
 
 
 # ======== 2. Processes, log and clock. ================================================================================
@@ -204,7 +206,7 @@ class World:
 
     @contextmanager
     def collective(self, what: str):
-        """Names the collective that fails: a rank that waits too long, or whose peer died, ends with a message."""
+        """Names the collective in which a rank waits too long or its peer dies; on NCCL its own watchdog does so."""
         try:
             yield
         except RuntimeError as error:
@@ -269,25 +271,22 @@ class Clock:
         self.device, self.elapsed, self.started = device, 0.0, None
 
     def start(self) -> None:
-        self.synchronize()
+        self.pause()
         self.started = time.perf_counter()
 
     def pause(self) -> None:
-        self.synchronize()
-        self.elapsed, self.started = self.read(), None
-
-    def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        self.elapsed, self.started = self.read(), None
 
     def read(self) -> float:
         return self.elapsed + (0.0 if self.started is None else time.perf_counter() - self.started)
 
 def catch_signals() -> list[int]:
-    """Returns a list that gets the first SIGTERM or Ctrl-C, so that the run saves and stops; a second exits at once."""
+    """Returns a list that gets each SIGTERM and Ctrl-C, for the run to save and stop; a second Ctrl-C exits at once."""
     caught = []
     def receive(number, frame):
-        if caught:
+        if number == signal.SIGINT and signal.SIGINT in caught:
             os._exit(128 + number)
         caught.append(number)
     signal.signal(signal.SIGTERM, receive)
@@ -298,21 +297,19 @@ def catch_signals() -> list[int]:
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
               "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
-CPU_INFO = Path("/proc/cpuinfo")
-
 def describe_hardware(world: World) -> str:
     if world.device.type == "cuda":
         return f"{world.size} x {torch.cuda.get_device_name(world.device)}"
-    names = re.findall(r"model name\s*: (.*)", CPU_INFO.read_text()) if CPU_INFO.exists() else [platform.processor()]
-    return f"{world.size} x {torch.get_num_threads()} threads of {(names or [platform.machine()])[0]}"
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [*re.findall(r"model name\s*: (.*)", info), platform.processor(), platform.machine()]
+    return f"{world.size} x {torch.get_num_threads()} threads of {next(filter(None, names))}"
 
 def git_revision() -> str:
     """Returns the commit of this file's folder, with '-dirty' where tracked files differ from it, or 'none'."""
-    def git(*arguments):
-        return subprocess.run(["git", "-C", Path(__file__).resolve().parent, *arguments],
-                              capture_output=True, text=True, check=True).stdout.strip()
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return subprocess.check_output(command, cwd=Path(__file__).resolve().parent, stderr=subprocess.DEVNULL,
+                                       text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return "none"
 
@@ -341,8 +338,7 @@ def open_shard(path: str, vocab_size: int) -> torch.Tensor:
         raise RunError(f"{path}: the header's {num_tokens} tokens make {header_bytes + 2 * num_tokens} bytes, but the "
                        f"file has {size}: truncated, or not a shard; {REDO}")
     if (vocab or GPT2_VOCAB_SIZE) != vocab_size:
-        raise RunError(f"{path}: has a vocabulary of {vocab or GPT2_VOCAB_SIZE}; give --vocab_size that, or shards of "
-                       f"{vocab_size}")
+        raise RunError(f"{path}: has a vocabulary of {vocab or GPT2_VOCAB_SIZE}; give --vocab_size that, or others")
     return torch.from_file(path, size=2 * HEADER_INTS + num_tokens, dtype=torch.uint16)[2 * HEADER_INTS:]
 
 def check_shard(path: str, vocab_size: int) -> str:
@@ -467,7 +463,7 @@ class Block(nn.Module):
         return x_BTD + self.mlp(norm(x_BTD))
 
 class GPT(nn.Module):
-    """Decoder-only transformer with activations in `dtype`; a call returns the mean cross-entropy of the targets."""
+    """Decoder-only transformer with activations in `dtype`; a call returns the targets' mean cross-entropy."""
 
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -701,11 +697,8 @@ def set_schedules(optimizers: list, c: Config, step: int) -> None:
             group["momentum"] = muon_momentum(c, step)
 
 def micro_batch_rows(c: Config, rows: int, world_size: int, gpu_bytes: int = 0) -> int:
-    """Returns the rows of a micro-batch for a global batch of `rows`.
-
-    They are --micro_batch; or, where that is 0, the most that divide a rank's share within 4,096 tokens on a CPU (its
-    caches), within 8,192 for every 20 GB of a GPU's memory.
-    """
+    """Returns the rows of a micro-batch for a global batch of `rows`: --micro_batch, or, where that is 0, the most that
+    divide a rank's share within 4,096 tokens on a CPU (its caches), 8,192 for every 20 GB of a GPU's memory."""
     def divisors(n):
         return [d for d in range(1, n + 1) if n % d == 0]
     if rows % world_size:
@@ -758,7 +751,8 @@ def load_checkpoint(option: str, name: str) -> dict:
         raise RunError(f"--{option} {name}: no checkpoint there; give a {CHECKPOINT}, or a run folder that holds one")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        return content if content["config"] and content["model"] else None
+        content["config"], content["model"], content["optimizers"], content["step"]
+        return content
     except Exception as error:     # torch.load raises many types on a file that is not its own
         raise RunError(f"--{option} {name}: {path} is no checkpoint of train_gpt.py, or damaged ({error}); give "
                        "another one") from None
@@ -766,16 +760,14 @@ def load_checkpoint(option: str, name: str) -> dict:
 
 # ======== 9. Main: set-up, priming, loop, summary. ====================================================================
 def accumulate_gradients(model: nn.Module, tokens: torch.Tensor, micro_batch: int, world: World) -> torch.Tensor:
-    """Adds the gradient of the mean loss over the global batch, of which this rank has `tokens` (R, T + 1), int64.
+    """Adds the gradient of the mean loss over the global batch; returns that loss over this rank's `tokens` (R, T + 1).
 
-    Returns the mean loss over this rank's rows. All micro-steps but the last run inside no_sync, the forward too: DDP
-    decides there whether to reduce.
+    All micro-steps but the last run inside no_sync, the forward too: DDP decides there whether to reduce.
     """
     micro_batches, total = tokens.split(micro_batch), 0.0
     for i, part in enumerate(micro_batches, 1):
         last = i == len(micro_batches)
-        waits = world.collective("average of the gradients")
-        with waits if last or world.size == 1 else model.no_sync():
+        with world.collective("average of the gradients") if last or world.size == 1 else model.no_sync():
             loss = model(part[:, :-1], part[:, 1:]) / len(micro_batches)
             loss.backward()
         total += loss.detach()
@@ -790,7 +782,8 @@ def update(optimizers: list, c: Config, step: int, world: World) -> None:
 
 def prime(model: nn.Module, raw: GPT, optimizers: list, c: Config, world: World, micro_batches: set[int]) -> float:
     """Runs `prime_steps` steps on dummy data and undoes them; returns the seconds that they, and compilation, took."""
-    clock, rng, weights = Clock(world.device), torch.get_rng_state(), [p.detach().clone() for p in raw.parameters()]
+    weights = [p.detach().to("cpu", copy=True) for p in raw.parameters()]
+    clock, rng = Clock(world.device), torch.get_rng_state()
     clock.start()
     for micro_batch in sorted(micro_batches) * c.prime_steps:
         tokens = torch.randint(c.vocab_size, (2 * micro_batch, c.seq_len + 1)).to(world.device)
@@ -798,9 +791,8 @@ def prime(model: nn.Module, raw: GPT, optimizers: list, c: Config, world: World,
         update(optimizers, c, 0, world)
         with torch.no_grad():
             raw(tokens[:micro_batch, :-1], tokens[:micro_batch, 1:])
-    with torch.no_grad():
-        for p, weight in zip(raw.parameters(), weights, strict=True):
-            p.copy_(weight)
+    for p, weight in zip(raw.parameters(), weights, strict=True):
+        p.data.copy_(weight)
     for optimizer in optimizers:
         optimizer.state.clear()
     torch.set_rng_state(rng)
@@ -821,13 +813,16 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
         raise RunError(f"--val_tokens {c.val_tokens}: {c.val_files} has {val_rows.num_rows * c.seq_len} in whole rows; "
                        "give that or less, or more text")
     data = dict(train=train_rows.check(world), val=val_rows.check(world))
-    comparable = c.train_sha256 in ("", data["train"]) and c.val_sha256 in ("", data["val"])
+    preset, comparable = make_config(dict(track=c.track)), None     # None: the hash of the track's data is not known
+    if preset.val_sha256:
+        known = dict(train=preset.train_sha256, val=preset.val_sha256)
+        comparable = data == known and c.val_tokens == preset.val_tokens
     if resumed and resumed["data"] != data:
         raise RunError(f"--resume {c.resume}: its run read other data (sha256 {resumed['data']}, here {data}); give "
                        "the --train_files and --val_files of that run")
 
     # The run folder: one id for all ranks and nodes.
-    new_id = f"{c.track}_{datetime.datetime.now():%Y%m%d-%H%M%S}_{os.urandom(2).hex()}"
+    new_id = f"{c.track}_{datetime.datetime.now():%Y%m%d-%H%M%S}_{os.urandom(4).hex()}"
     c = dataclasses.replace(c, run_id=world.gather(c.run_id or new_id)[0])
     folder = Path(c.log_dir) / c.run_id
     if not resumed and world.gather((folder / "log.txt").exists())[0]:
@@ -837,7 +832,7 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
     # Model and optimizers.
     bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)     # older GPUs emulate it
     dtype = torch.bfloat16 if bf16 else torch.float32
-    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.manual_seed(c.seed)
     raw = GPT(c, dtype).initialize(c.seed)
     if c.init_from and not resumed:
         try:
@@ -850,8 +845,8 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
         raw.compile_parts()
     if world.size > 1:
         with world.collective("start-up broadcast of the weights"):
-            gpus = [device] if device.type == "cuda" else None
-            model = DistributedDataParallel(raw, gpus, gradient_as_bucket_view=True)
+            gpu = [device] if device.type == "cuda" else None
+            model = DistributedDataParallel(raw, gpu, gradient_as_bucket_view=True)
     optimizers, table = make_optimizers(raw, c, ns_dtype=dtype if bf16 else None)
 
     tokens_total, epochs = positions[-1] * c.seq_len, positions[-1] / train_rows.num_rows
@@ -872,8 +867,9 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
     log(f"data sha256: train {data['train']}, val {data['val']}", console=False)
     if epochs > 1:
         log(f"warning: the run goes round the data {epochs:.2f} times; text seen again teaches less, so prepare more")
-    if not comparable:
-        log("warning: this is not the track's data (its sha256 differs): the loss of this run does not compare")
+    if comparable is False:
+        log("warning: this loss does not compare: the data's sha256, or --val_tokens, is not the track's "
+            "(data/local_text.py --force writes tiny's anew)")
     log(f"batch: {', '.join(f'{n:,}' for n in c.batch_tokens)} tokens a step; a process runs "
         f"{', '.join(map(str, micro_batches.values()))} rows of {c.seq_len} at once")
     log(f"model: {parameters:,} parameters, of which {in_blocks:,} in the blocks\n{table}")
@@ -892,24 +888,26 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
     def require_finite(finite: bool, what: str) -> None:
         if not finite:
             good = f"the last good checkpoint is in {folder}" if (folder / CHECKPOINT).exists() else "none was saved"
-            log(f"error: {what} at step {step}", console=False)
-            raise RunError(f"step {step}: {what} is not finite; lower --lr, or give --warmup_steps; {good}")
+            log(f"error: {what} is not finite", console=False)
+            raise RunError(f"{what} is not finite; lower --lr, or give --warmup_steps; {good}")
 
     def save() -> None:
         with world.collective("collection of the optimizers' state"):
             states = [optimizer.state_dict() for optimizer in optimizers]
-        require_finite(all(bool(p.isfinite().all()) for p in raw.parameters()), "a weight")
+        require_finite(all(bool(p.isfinite().all()) for p in raw.parameters()), f"step {step}: a weight")
         if world.rank == 0:
             save_checkpoint(folder / CHECKPOINT, dict(
                 config=dataclasses.asdict(c), data=data, step=step, position=positions[step], elapsed=clock.elapsed,
                 val_loss=val_loss, rng=torch.get_rng_state(), model=raw.state_dict(), optimizers=states))
+        world.gather(None)     # no rank leaves before the file is whole
         log(f"checkpoint: {folder / CHECKPOINT} at step {step}/{c.num_steps}")
 
-    def finish(done: int, statistics: torch.Tensor) -> bool:
+    def finish(done: int, statistics: torch.Tensor, queued) -> bool:
         """Reads and logs the statistics of step `done`; returns whether some rank was told to stop."""
-        with world.collective(f"average of the loss of step {done}"):
-            loss, stopped = statistics.tolist()
-        require_finite(math.isfinite(loss), f"the training loss of step {done}, {loss},")
+        if queued is not None:
+            queued.synchronize()     # waits for that step alone, not for the next, which is queued behind it
+        loss, stopped = statistics.tolist()
+        require_finite(math.isfinite(loss), f"step {done}: the training loss, {loss},")
         seconds = clock.read()
         bar.set_postfix_str(f"loss {loss:.3f}, {positions[done] * c.seq_len / seconds:,.0f} tokens/s", refresh=False)
         log.step(f"step:{done}/{c.num_steps} train_loss:{loss:.6f} train_time:{1e3 * seconds:.0f}ms "
@@ -929,30 +927,33 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
         per_rank = rows // world.size
         first = positions[step] + world.rank * per_rank
         tokens = train_rows.read(train_rows.shuffled(c.seed, range(first, first + per_rank)))
-        if device.type == "cuda":
-            tokens = tokens.pin_memory().to(device, non_blocking=True)
+        tokens = (tokens.pin_memory() if device.type == "cuda" else tokens).to(device, non_blocking=True)
         loss = accumulate_gradients(model, tokens, micro_batches[rows], world)
         statistics = torch.stack((loss / world.size, torch.full_like(loss, len(signals))))
         if world.size > 1:
             with world.collective("average of the loss"):
                 dist.all_reduce(statistics)
+        statistics = statistics.to("cpu", non_blocking=True)
+        queued = torch.cuda.current_stream().record_event() if device.type == "cuda" else None
         update(optimizers, c, step, world)
         step += 1
         stopping = finish(*pending) if pending else False
-        pending = (step, statistics)
+        pending = (step, statistics, queued)
         validates = step == c.num_steps or (c.val_every and step % c.val_every == 0)
         saves = c.save_every and step % c.save_every == 0
         if validates or saves or stopping or device.type == "cpu":
-            stopping = finish(*pending) or stopping
-            pending = None
+            stopping, pending = finish(*pending) or stopping, None
         if validates or saves or stopping:
             clock.pause()
-            if validates:
+            ends = step == c.num_steps
+            if (saves or stopping) and not ends:     # before a validation, which might fail
+                save()
+            if validates and (ends or not stopping):
                 val_loss = evaluate(raw, val_rows, c, world, max(micro_batches.values()))
-                require_finite(math.isfinite(val_loss), f"the validation loss, {val_loss},")
+                require_finite(math.isfinite(val_loss), f"step {step}: the validation loss, {val_loss},")
                 log(f"step:{step}/{c.num_steps} val_loss:{val_loss:.6f} train_time:{1e3 * clock.elapsed:.0f}ms "
                     f"step_avg:{1e3 * clock.elapsed / step:.2f}ms")
-            if saves or (stopping and step < c.num_steps):
+            if saves and ends:
                 save()
             clock.start()
     clock.pause()
@@ -965,7 +966,7 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
     speed = tokens_total / clock.elapsed
     # FLOP a token of a step: 6 a matrix weight, and 12 L T D for attention (PaLM, arXiv:2204.02311, appendix B).
     flops = 6 * (parameters - raw.embed.weight.numel()) + 12 * c.num_layers * c.seq_len * c.model_dim
-    peak = next((peak for name, peak in PEAK_FLOPS.items() if bf16 and name in hardware), None)
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if bf16 and re.search(rf"\b{name}\b", hardware)), None)
     summary = dict(
         run_id=c.run_id, track=c.track, val_loss=val_loss, target=c.target, target_reached=val_loss <= c.target,
         data_comparable=comparable, train_seconds=clock.elapsed, compile_seconds=prime_seconds, steps=c.num_steps,
@@ -985,14 +986,15 @@ def main(arguments: list[str]) -> int:
         given = parse_command_line(arguments)
         resumed = load_checkpoint("resume", given["resume"]) if given.get("resume") else None
         config = make_config(given, resumed["config"] if resumed else None)
-        try:
-            return train(config, start_world(config.collective_timeout), resumed)
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+        status = train(config, start_world(config.collective_timeout), resumed)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return status
     except RunError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_status = main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(exit_status)     # past the finalizers, in which gloo's threads abort about one run in twenty (torch 2.13)

@@ -24,7 +24,7 @@ small() {
         "$python" data/local_text.py "$packages" --suffixes .py --encoding gpt2 --out data/site_packages
     "$python" train_gpt.py small --num_steps 50 --cooldown_steps 20 --val_every 0 --val_tokens 524288 \
         --train_files 'data/site_packages/train_*.bin' --val_files 'data/site_packages/val_*.bin' \
-        --log_dir "$out" --run_id small_50_steps "${@:2}"
+        --log_dir "$out" "${@:2}"
 }
 
 case ${1:-} in

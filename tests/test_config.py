@@ -48,7 +48,9 @@ def test_help_lists_every_field_with_its_default():
 @pytest.mark.parametrize("arguments, message", [
     (["tiny", "--num_stpes", "5"], "--num_stpes: no such field of Config; did you mean num_steps?"),
     (["tiny", "--num_steps", "five"], "argument --num_steps: invalid int value: 'five'"),
-    (["tiny", "--betas", "0.9,x"], "--betas"),
+    (["tiny", "--betas", "0.9,x"], "argument --betas: invalid numbers value: '0.9,x'"),
+    (["tiny", "small"], "small: no such field of Config"),
+    (["tiny", "--seed", str(2**33)], "--seed 8589934592: must be at most"),
     (["tiny", "--update_scale", "sqrt"], "argument --update_scale: invalid choice: 'sqrt'"),
     (["tinny"], "tinny: no such track; did you mean tiny?"),
     ([], "no track named"),
