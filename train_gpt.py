@@ -105,7 +105,7 @@ class Config:
     final_lr_frac: float    = knob(0.0,      ...,       "rate at the end of the cool-down over its peak")
     # Run
     seed: int               = knob(0,        ...,       "of the initial weights and of the data's order")
-    val_every: int          = knob(480,      125,       "steps between validations (0 = at the end only)", FREE)
+    val_every: int          = knob(500,      125,       "steps between validations (0 = at the end only)", FREE)
     save_every: int         = knob(0,        ...,       "steps between checkpoints (0 = on a signal only)", FREE)
     resume: str             = knob("",       ...,       "checkpoint, or its run folder, to go on from ('' = off)", FREE)
     init_from: str          = knob("",       ...,       "checkpoint to take the weights alone from ('' = off)")

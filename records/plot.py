@@ -50,8 +50,8 @@ def draw(runs: list[dict], out: Path) -> None:
         steps = sorted(run["train"])
         losses = [run["train"][step][1] for step in steps]
         for axis, x in ((axes[0], steps), (axes[1], [run["train"][step][0] for step in steps])):
-            axis.plot(x, losses, color=color, alpha=0.25, linewidth=0.8)
-            axis.plot(x, smooth(losses, max(1, len(steps) // 50)), color=color, linewidth=1.6,
+            axis.plot(x, losses, color=color, alpha=0.3 / len(runs), linewidth=0.8)
+            axis.plot(x, smooth(losses, max(1, len(steps) // 40)), color=color, linewidth=1.6,
                       label=f"{run['name']}: training")
         if run["val"]:
             last = max(run["val"])
@@ -60,16 +60,15 @@ def draw(runs: list[dict], out: Path) -> None:
                           [run["val"][step][1] for step in sorted(run["val"])], "o-", color=color, markersize=6,
                           markeredgecolor="black", label=f"validation, {run['val'][last][1]:.4f} at step {last}")
     targets = {run["config"]["target"] for run in runs}
-    lows = [min(loss for _, loss in [*run["train"].values(), *run["val"].values()]) for run in runs]
     for axis, label in zip(axes, ("step", "training time (s)"), strict=True):
         for target in targets:
             axis.axhline(target, color="black", linestyle="--", linewidth=0.9, label=f"target {target:g}")
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     # The first steps fall from ln(vocabulary) within a moment: the axis shows what comes after.
-    firsts = [smooth([run["train"][step][1] for step in sorted(run["train"])], 5) for run in runs]
-    top = max(values[len(values) // 20] for values in firsts)
-    axes[0].set_ylim(min([*lows, *targets]) - 0.05, top + 0.1)
+    smoothed = [smooth([run["train"][step][1] for step in sorted(run["train"])], 10) for run in runs]
+    top = max(values[len(values) // 20] for values in smoothed)
+    axes[0].set_ylim(min([*map(min, smoothed), *targets]) - 0.05, top + 0.1)
     axes[0].set_ylabel("loss (nats a token)")
     axes[0].legend(fontsize=8)
     figure.savefig(out, dpi=110)
