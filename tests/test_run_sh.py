@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import signal
 import subprocess
+import time
 
 import pytest
 from conftest import ROOT
@@ -12,7 +14,15 @@ case "$*" in
     *importlib.metadata*) ;;
     *get_device_properties*) echo "$FAKE_GPUS" ;;
     *) echo "$*" >> calls
-       case "$*" in *train_gpt.py*) mkdir -p ${FAKE_RUN:-logs/new}; exit ${FAKE_STATUS:-0} ;; esac ;;
+       case "$*" in *train_gpt.py*)
+           mkdir -p ${FAKE_RUN:-logs/new}
+           if [ -n "${FAKE_WAIT:-}" ]; then
+               trap 'sleep 0.3; echo saved >> calls; exit 143' TERM
+               echo waiting >> calls
+               while :; do sleep 0.05; done
+           fi
+           exit ${FAKE_STATUS:-0} ;;
+       esac ;;
 esac
 """
 
@@ -74,6 +84,17 @@ def test_log_dir_and_failure(start):
     assert start("tiny", "--log_dir", "other", FAKE_RUN="other/r")[1][-1] == "records/plot.py other/r/"
     status, calls = start("tiny", FAKE_STATUS="2")
     assert status == 2 and "plot" not in calls[-1]
+
+
+def test_sigterm_reaches_the_trainer_and_is_waited_for(start, tmp_path):
+    process = subprocess.Popen(["./run.sh", "tiny"], cwd=tmp_path, env={
+        **os.environ, "PYTHON": "./python", "FAKE_GPUS": "0 0", "FAKE_WAIT": "1"})
+    while "waiting" not in ((tmp_path / "calls").read_text() if (tmp_path / "calls").exists() else ""):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 143
+    assert (tmp_path / "calls").read_text().splitlines()[-1] == "saved"     # and no plot of a run that was stopped
 
 
 def test_an_interpreter_without_torch_is_named(tmp_path):
