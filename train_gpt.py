@@ -64,7 +64,7 @@ def knob(tiny, small, meaning: str, free: bool = False):
 class Config:
     # field                        tiny      small      meaning (unit; what turns it off)
     track: Literal["tiny", "small"] = knob("tiny", "small", "preset of all other values")
-    # Data
+    # Data; the sha256 are of the shards whose losses compare ('' = not known)
     train_files: str        = knob("data/tiny/train_*.bin", "data/fineweb10B/fineweb_train_*.bin", "shards", FREE)
     val_files: str          = knob("data/tiny/val_*.bin",   "data/fineweb10B/fineweb_val_*.bin",   "shards", FREE)
     train_sha256: str       = knob("8c50fa9a10abf3fef5d6cd34ceedb667a62d72251aba450c66b02e151bbedac6", "", "of shards")
@@ -814,8 +814,8 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
                        "give that or less, or more text")
     data = dict(train=train_rows.check(world), val=val_rows.check(world))
     preset, comparable = make_config(dict(track=c.track)), None     # None: the hash of the track's data is not known
-    if preset.val_sha256:
-        known = dict(train=preset.train_sha256, val=preset.val_sha256)
+    if c.train_sha256 and c.val_sha256:
+        known = dict(train=c.train_sha256, val=c.val_sha256)
         comparable = data == known and c.val_tokens == preset.val_tokens
     if resumed and resumed["data"] != data:
         raise RunError(f"--resume {c.resume}: its run read other data (sha256 {resumed['data']}, here {data}); give "
@@ -997,4 +997,4 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     exit_status = main(sys.argv[1:])
     sys.stdout.flush()
-    os._exit(exit_status)     # past the finalizers, in which gloo's threads abort about one run in twenty (torch 2.13)
+    os._exit(exit_status)     # past the finalizers, in which gloo's threads now and then abort (torch 2.13)

@@ -26,7 +26,7 @@ def read_log(path: Path) -> dict:
     """
     path = path / "log.txt" if path.is_dir() else path
     try:
-        text = path.read_text(encoding="utf-8").split("=" * 100 + "\n", 1)[-1]     # what follows the source
+        text = path.read_text(encoding="utf-8").split("\n" + "=" * 100 + "\n", 1)[-1]     # what follows the source
     except FileNotFoundError:
         sys.exit(f"plot.py: {path} does not exist; give the folder or log.txt of a run")
     run = {"train": {}, "val": {}, "name": path.parent.name}

@@ -165,8 +165,8 @@ def test_init_from_takes_the_weights_alone(one, text, tmp_path):
 
 def test_log_and_summary(one):
     log = (one / "log.txt").read_text()
-    source, rest = log.split("=" * 100 + "\n", 1)
-    assert source == (ROOT / "train_gpt.py").read_text()     # the log is the record
+    source, rest = log.split("\n" + "=" * 100 + "\n", 1)
+    assert source + "\n" == (ROOT / "train_gpt.py").read_text()     # the log is the record
     assert json.loads(re.search(r"^config: (.*)$", rest, re.M)[1])["num_steps"] == 20
     assert re.search(r"^step:12/20 train_loss:\d\.\d+ train_time:\d+ms step_avg:\d+\.\d+ms$", rest, re.M)
     assert re.search(r"^step:12/20 val_loss:\d\.\d+ train_time:\d+ms step_avg:\d+\.\d+ms$", rest, re.M)
@@ -212,6 +212,18 @@ def test_a_resume_goes_on_in_the_folder_of_its_checkpoint(one, tmp_path):
     shutil.copytree(one, tmp_path / "moved")
     finished(run("--resume", tmp_path / "moved/checkpoint.pt"))
     assert len(losses(tmp_path / "moved")) == 40 and "resumed: " in (tmp_path / "moved/log.txt").read_text()
+
+
+def test_the_data_compares_where_its_hashes_and_tokens_are_the_tracks(one, text, tmp_path):
+    """With the hashes of this data given the loss compares, but not over fewer validation tokens than the track's."""
+    known = json.loads((one / "summary.json").read_text())
+    hashes = ["--train_sha256", known["train_sha256"], "--val_sha256", known["val_sha256"]]
+    whole = train_gpt.make_config(dict(track="tiny")).val_tokens
+    assert not known["data_comparable"] and whole != 2048
+    finished(run("tiny", *SMALL, *text, *hashes, "--log_dir", tmp_path, "--run_id", "few"))
+    assert json.loads((tmp_path / "few/summary.json").read_text())["data_comparable"] is False
+    finished(run("tiny", *SMALL, *text, "--val_sha256", "", "--log_dir", tmp_path, "--run_id", "unknown"))
+    assert json.loads((tmp_path / "unknown/summary.json").read_text())["data_comparable"] is None
 
 
 def test_a_run_folder_is_never_overwritten(one, text):
