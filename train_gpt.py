@@ -15,7 +15,6 @@ K head_dim, V padded vocabulary; m x n any matrix. Losses are nats a token, time
 """
 
 import argparse
-import bisect
 import dataclasses
 import datetime
 import difflib
@@ -31,14 +30,14 @@ import subprocess
 import sys
 import time
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
-from itertools import accumulate
+from itertools import accumulate, groupby, repeat
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -49,7 +48,6 @@ from tqdm import tqdm
 
 class RunError(Exception):
     """Bad input, or a run that cannot go on: the message names the file or option, the value and the remedy."""
-
 
 # ======== 1. Config and tracks: every tunable of a run. A tweak is a diff of this file; `--name value` serves sweeps. =
 
@@ -118,7 +116,6 @@ class Config:
     @property
     def model_dim(self) -> int:
         return self.num_heads * self.head_dim
-
     @property
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // 64) * 64
@@ -194,7 +191,6 @@ def make_config(given: dict, saved: dict | None = None) -> Config:
     folder = path if path.is_dir() else path.parent     # the run goes on where its checkpoint lies
     return Config(**{**saved, "log_dir": str(folder.parent), "run_id": folder.name, **given})
 
-
 # ======== 2. Processes, log and clock. ================================================================================
 @dataclasses.dataclass(frozen=True)
 class World:
@@ -203,7 +199,6 @@ class World:
     size: int
     device: torch.device
     timeout: float     # seconds that a collective may take
-
     @contextmanager
     def collective(self, what: str):
         """Names the collective in which a rank waits too long or its peer dies; on NCCL its own watchdog does so."""
@@ -242,13 +237,11 @@ def start_world(timeout: float) -> World:
 
 class RunLog:
     """log.txt and console of rank 0; on the other ranks a call does nothing."""
-
     def __init__(self, folder: Path, rank: int):
         self.file, self.last_line = None, 0.0
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             self.file = open(folder / "log.txt", "a", encoding="utf-8")
-
     def __call__(self, text: str, console: bool = True) -> None:
         if self.file is not None:
             self.file.write(text + "\n")
@@ -266,19 +259,15 @@ class RunLog:
 
 class Clock:
     """Training time in seconds: it runs from the first step on, and is paused for validation and checkpoints."""
-
     def __init__(self, device: torch.device):
         self.device, self.elapsed, self.started = device, 0.0, None
-
     def start(self) -> None:
         self.pause()
         self.started = time.perf_counter()
-
     def pause(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.elapsed, self.started = self.read(), None
-
     def read(self) -> float:
         return self.elapsed + (0.0 if self.started is None else time.perf_counter() - self.started)
 
@@ -320,7 +309,6 @@ def peak_memory_gib(device: torch.device) -> float:
     import resource  # not on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
-
 # ======== 3. Data: shards of 256 int32 of header (magic, version, tokens, vocabulary, CRC-32) and then uint16 tokens. =
 
 HEADER_INTS, MAGIC, VERSION, GPT2_VOCAB_SIZE = 256, 20240520, 1, 50257
@@ -353,24 +341,23 @@ def check_shard(path: str, vocab_size: int) -> str:
     return hashlib.sha256(content).hexdigest()
 
 class Rows:
-    """Rows of `seq_len` tokens and the one after, over shards in the order of their names; none spans two shards.
-
-    Shards after those that hold `max_rows` rows are left out: a run reads what its budget needs, so that it does not
-    depend on how many more were downloaded.
-    """
-
+    """Rows of `seq_len` tokens and the one after, over shards in the order of their names; none spans two shards. Of
+    the shards only those that hold the first `max_rows` count: a run does not depend on how many were downloaded."""
     def __init__(self, option: str, pattern: str, vocab_size: int, seq_len: int, max_rows: int):
         found = sorted(glob.glob(pattern))
         if not found:
             raise RunError(f"--{option} {pattern}: no file matches; ./run.sh prepares a track's data, and "
                            "data/local_text.py your own text")
         self.seq_len, self.vocab_size, self.num_found = seq_len, vocab_size, len(found)
-        self.paths, self.shards, self.ends, self.order = [], [], [0], None     # ends: rows before and after each shard
-        while self.ends[-1] < max_rows and len(self.paths) < len(found):
+        self.paths, self.windows, ends, self.num_tokens, self.order = [], [], [0], 0, None
+        while ends[-1] < max_rows and len(self.paths) < len(found):
             self.paths.append(found[len(self.paths)])
-            self.shards.append(open_shard(self.paths[-1], vocab_size))
-            self.ends.append(self.ends[-1] + max(0, len(self.shards[-1]) - 1) // seq_len)
-        self.num_rows, self.num_tokens = self.ends[-1], sum(map(len, self.shards))
+            tokens = open_shard(self.paths[-1], vocab_size)
+            rows = max(0, len(tokens) - 1) // seq_len
+            self.windows.append(tokens.as_strided((rows, seq_len + 1), (seq_len, 1)).numpy())     # they overlap
+            ends.append(ends[-1] + rows)
+            self.num_tokens += len(tokens)
+        self.num_rows, self.ends = ends[-1], np.array(ends)     # rows before each shard, and in all
         if self.num_rows == 0:
             raise RunError(f"--{option} {pattern}: {self.num_tokens} tokens do not fill a row of --seq_len {seq_len} "
                            "and its next token; give more text")
@@ -379,32 +366,63 @@ class Rows:
         """Reads all tokens, shared among the ranks; returns their sha256 (of several shards: that of their lines)."""
         mine = self.paths[world.rank::world.size]
         with ThreadPoolExecutor(4) as pool:
-            digests = zip(mine, pool.map(partial(check_shard, vocab_size=self.vocab_size), mine), strict=True)
+            digests = zip(mine, pool.map(check_shard, mine, repeat(self.vocab_size)), strict=True)
         lines = [digest for _, digest in sorted(sum(world.gather(list(digests)), []))]
         return lines[0] if len(lines) == 1 else hashlib.sha256("".join(f"{x}\n" for x in lines).encode()).hexdigest()
 
-    def read(self, rows) -> torch.Tensor:
-        """Returns tokens int64 (len(rows), seq_len + 1)."""
-        windows = []
-        for row in rows:
-            shard = bisect.bisect_right(self.ends, row) - 1
-            start = (row - self.ends[shard]) * self.seq_len
-            windows.append(self.shards[shard][start:start + self.seq_len + 1])
-        return torch.stack(windows).to(torch.int64)
+    def read(self, rows: np.ndarray) -> torch.Tensor:
+        """Returns tokens uint16 (len(rows), seq_len + 1); by numpy, which copies rows several times faster."""
+        tokens, order = np.empty((len(rows), self.seq_len + 1), dtype=np.uint16), np.argsort(rows)     # as in the files
+        starts = np.searchsorted(rows[order], self.ends).tolist()
+        for windows, before, start, end in zip(self.windows, self.ends.tolist(), starts, starts[1:], strict=False):
+            here = order[start:end]
+            tokens[here] = windows[rows[here] - before]
+        return torch.from_numpy(tokens)
 
-    def shuffled(self, seed: int, positions: range) -> list[int]:
+    def shuffled(self, seed: int, positions: np.ndarray) -> np.ndarray:
         """Returns the rows at `positions` of the training order: a permutation an epoch, a pure function of the seed.
-
-        Neighbouring rows are alike, so they are shuffled apart; ranks and micro-steps only group what this order gives.
-        """
-        rows = []
-        for epoch, index in (divmod(position, self.num_rows) for position in positions):
+        Neighbouring rows are alike, so they are shuffled apart; ranks and micro-steps only group what it gives."""
+        epochs, rows = positions // self.num_rows, np.empty_like(positions)
+        for epoch in range(epochs[0], epochs[-1] + 1):     # positions ascend
             if self.order is None or self.order[0] != (seed, epoch):
                 generator = torch.Generator().manual_seed((seed << 20) + epoch)
-                self.order = (seed, epoch), torch.randperm(self.num_rows, generator=generator)
-            rows.append(int(self.order[1][index]))
+                self.order = (seed, epoch), torch.randperm(self.num_rows, generator=generator).numpy()
+            rows[epochs == epoch] = self.order[1][positions[epochs == epoch] % self.num_rows]
         return rows
 
+def load_batches(rows: Rows, positions: list[int], seed: int, world: World, step: int = 0, ahead: int = 2**20):
+    """The distributed loader: yields this rank's tokens, int64 (R, T + 1) on its device, of each step from `step` on.
+
+    Step i takes the rows at positions[i] to [i + 1] of the training order, a function of i alone: to resume takes no
+    state. A thread prepares about `ahead` tokens while those before are used; for CUDA it copies on a side stream.
+    """
+    stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
+    def prepare(steps):     # -> the batches of `steps`, uint16, and the event of their copy to a GPU
+        spans = [(positions[i], positions[i + 1] - positions[i]) for i in steps]
+        shares = [start + n // world.size * world.rank + np.arange(n // world.size) for start, n in spans]
+        tokens, copied = rows.read(rows.shuffled(seed, np.concatenate(shares))), None
+        if stream is not None:
+            with torch.cuda.stream(stream):
+                tokens = tokens.pin_memory().to(world.device, non_blocking=True)
+                copied = stream.record_event()
+        return tokens.split(list(map(len, shares))), copied
+    pool, queue = ThreadPoolExecutor(1), deque()
+    chunks = groupby(range(step, len(positions) - 1), lambda i: positions[i] * rows.seq_len // (ahead * world.size))
+    for chunk in [*(list(steps) for _, steps in chunks), None, None]:     # two are always under way
+        queue.append(chunk and pool.submit(prepare, chunk))
+        if len(queue) > 2:
+            batches, copied = queue.popleft().result()
+            if copied is not None:
+                torch.cuda.current_stream().wait_event(copied)
+                batches[0].record_stream(torch.cuda.current_stream())
+            yield from (batch.to(torch.int64) for batch in batches)     # here: a fourth of the bytes had to travel
+
+def document_starts(tokens_BT: torch.Tensor, end_of_text: int) -> torch.Tensor:
+    """Returns the positions in tokens_BT, flattened, of each row's start and end-of-text, and then B T: int32 (n + 1,),
+    the cu_seqlens of variable-length attention that stays inside documents."""
+    starts = tokens_BT == end_of_text
+    starts[:, 0] = True
+    return F.pad(starts.flatten().nonzero().squeeze(1), (0, 1), value=starts.numel()).to(torch.int32)
 
 # ======== 4. Model. ===================================================================================================
 def norm(x: torch.Tensor) -> torch.Tensor:
@@ -428,13 +446,11 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 class Attention(nn.Module):
     """Causal self-attention with QK-norm: q and k have unit RMS, which bounds the logits (arXiv:2010.04245)."""
-
     def __init__(self, config: Config):
         super().__init__()
         self.num_heads, self.scale = config.num_heads, config.attention_scale
         self.qkv = nn.Linear(config.model_dim, 3 * config.model_dim, bias=False)     # rows: Q, then K, then V
         self.proj = nn.Linear(config.model_dim, config.model_dim, bias=False)
-
     def forward(self, x_BTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         q, k, v = linear(self.qkv, x_BTD).unflatten(2, (3, self.num_heads, -1)).unbind(2)
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
@@ -444,12 +460,10 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """W2 relu(W1 x)^2 (So et al. 2021, arXiv:2109.08668)."""
-
     def __init__(self, config: Config):
         super().__init__()
         self.up = nn.Linear(config.model_dim, config.mlp_ratio * config.model_dim, bias=False)
         self.proj = nn.Linear(config.mlp_ratio * config.model_dim, config.model_dim, bias=False)
-
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         return linear(self.proj, F.relu(linear(self.up, x_BTD)).square())
 
@@ -457,14 +471,12 @@ class Block(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.attention, self.mlp = Attention(config), MLP(config)
-
     def forward(self, x_BTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         x_BTD = x_BTD + self.attention(norm(x_BTD), cos, sin)
         return x_BTD + self.mlp(norm(x_BTD))
 
 class GPT(nn.Module):
     """Decoder-only transformer with activations in `dtype`; a call returns the targets' mean cross-entropy."""
-
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config, self.dtype, self.tables = config, dtype, None
@@ -503,7 +515,6 @@ class GPT(nn.Module):
 
     def loss(self, x_BTD: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(self.logits(x_BTD).flatten(0, 1), targets_BT.flatten())
-
     def forward(self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
         return self.loss(self.hidden(tokens_BT), targets_BT)
 
@@ -512,7 +523,6 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.compile(dynamic=False)
         self.loss = torch.compile(self.loss, dynamic=False)
-
 
 # ======== 5. Optimizers and the parameter table. ======================================================================
 def orthogonalize(G: torch.Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -546,7 +556,6 @@ class Muon(torch.optim.Optimizer):
     In a process group each parameter has an owner, which alone holds its momentum and computes its update; gradients
     must be the same on all ranks. Not for gains, biases, embeddings or the lm_head, nor for convolution filters.
     """
-
     def __init__(self, params, lr=0.03, momentum=0.95, nesterov=True, accumulate=False, weight_decay=0.0, ns_steps=5,
                  update_scale="sqrt_ratio", parts=1, ns_dtype=None):
         super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, accumulate=accumulate, parts=parts,
@@ -601,11 +610,9 @@ class Muon(torch.optim.Optimizer):
     def exchange(self, mine: dict, params: list) -> dict:
         """Returns every parameter's update, from its owner: one all-gather, each rank's part padded to the longest."""
         owned = [[p for p in params if self.owners[p] == rank] for rank in range(self.world_size)]
-        flat = params[0].new_zeros(max(sum(p.numel() for p in part) for part in owned), dtype=self.ns_dtype)
-        offset = 0
-        for p in owned[self.rank]:
-            flat[offset:offset + p.numel()].view_as(p).copy_(mine[p])
-            offset += p.numel()
+        sizes = [sum(p.numel() for p in part) for part in owned]
+        padding = params[0].new_zeros(max(sizes) - sizes[self.rank], dtype=self.ns_dtype)
+        flat = torch.cat([*(mine[p].flatten() for p in owned[self.rank]), padding])
         gathered = flat.new_empty(self.world_size * len(flat))
         getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(gathered, flat)     # renamed in torch 2.13
         updates = {}
@@ -672,7 +679,6 @@ def make_optimizers(model: GPT, c: Config, ns_dtype: torch.dtype | None = None) 
     table = "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
     return optimizers, table
 
-
 # ======== 6. Schedules: pure functions of the step (0 for the first). =================================================
 def lr_multiplier(c: Config, step: int) -> float:
     """Trapezoid: linear warm-up, constant, linear cool-down to final_lr_frac (Hagele et al. 2024, arXiv:2405.18392)."""
@@ -713,7 +719,6 @@ def micro_batch_rows(c: Config, rows: int, world_size: int, gpu_bytes: int = 0) 
                        f"{world_size} processes has; give {', '.join(map(str, divisors(per_rank)))}, or 0")
     return min(c.micro_batch, per_rank)
 
-
 # ======== 7. Evaluation. Do not edit: it defines the target. ==========================================================
 @torch.no_grad()
 def evaluate(model: GPT, rows: Rows, c: Config, world: World, micro_batch: int) -> float:
@@ -721,13 +726,12 @@ def evaluate(model: GPT, rows: Rows, c: Config, world: World, micro_batch: int) 
     mine = range(world.rank, c.val_tokens // c.seq_len, world.size)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for start in range(0, len(mine), micro_batch):
-        tokens = rows.read(mine[start:start + micro_batch]).to(world.device)
+        tokens = rows.read(np.array(mine[start:start + micro_batch])).to(world.device).to(torch.int64)
         total += model(tokens[:, :-1], tokens[:, 1:]).double() * tokens[:, 1:].numel()
     if world.size > 1:
         with world.collective("sum of the validation loss"):
             dist.all_reduce(total)
     return total.item() / c.val_tokens
-
 
 # ======== 8. Checkpoints. =============================================================================================
 CHECKPOINT = "checkpoint.pt"
@@ -740,9 +744,6 @@ def save_checkpoint(path: Path, content: dict) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
 
 def load_checkpoint(option: str, name: str) -> dict:
     """Returns the checkpoint in the file, or run folder, `name`; only tensors and plain values are unpickled."""
@@ -756,7 +757,6 @@ def load_checkpoint(option: str, name: str) -> dict:
     except Exception as error:     # torch.load raises many types on a file that is not its own
         raise RunError(f"--{option} {name}: {path} is no checkpoint of train_gpt.py, or damaged ({error}); give "
                        "another one") from None
-
 
 # ======== 9. Main: set-up, priming, loop, summary. ====================================================================
 def accumulate_gradients(model: nn.Module, tokens: torch.Tensor, micro_batch: int, world: World) -> torch.Tensor:
@@ -782,7 +782,7 @@ def update(optimizers: list, c: Config, step: int, world: World) -> None:
 
 def prime(model: nn.Module, raw: GPT, optimizers: list, c: Config, world: World, micro_batches: set[int]) -> float:
     """Runs `prime_steps` steps on dummy data and undoes them; returns the seconds that they, and compilation, took."""
-    weights = [p.detach().to("cpu", copy=True) for p in raw.parameters()]
+    weights = {name: p.to("cpu", copy=True) for name, p in raw.state_dict().items()}
     clock, rng = Clock(world.device), torch.get_rng_state()
     clock.start()
     for micro_batch in sorted(micro_batches) * c.prime_steps:
@@ -791,8 +791,7 @@ def prime(model: nn.Module, raw: GPT, optimizers: list, c: Config, world: World,
         update(optimizers, c, 0, world)
         with torch.no_grad():
             raw(tokens[:micro_batch, :-1], tokens[:micro_batch, 1:])
-    for p, weight in zip(raw.parameters(), weights, strict=True):
-        p.data.copy_(weight)
+    raw.load_state_dict(weights)
     for optimizer in optimizers:
         optimizer.state.clear()
     torch.set_rng_state(rng)
@@ -813,10 +812,8 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
         raise RunError(f"--val_tokens {c.val_tokens}: {c.val_files} has {val_rows.num_rows * c.seq_len} in whole rows; "
                        "give that or less, or more text")
     data = dict(train=train_rows.check(world), val=val_rows.check(world))
-    preset, comparable = make_config(dict(track=c.track)), None     # None: the hash of the track's data is not known
-    if c.train_sha256 and c.val_sha256:
-        known = dict(train=c.train_sha256, val=c.val_sha256)
-        comparable = data == known and c.val_tokens == preset.val_tokens
+    known, val_tokens = dict(train=c.train_sha256, val=c.val_sha256), make_config(dict(track=c.track)).val_tokens
+    comparable = data == known and c.val_tokens == val_tokens if all(known.values()) else None     # None: not known
     if resumed and resumed["data"] != data:
         raise RunError(f"--resume {c.resume}: its run read other data (sha256 {resumed['data']}, here {data}); give "
                        "the --train_files and --val_files of that run")
@@ -845,8 +842,7 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
         raw.compile_parts()
     if world.size > 1:
         with world.collective("start-up broadcast of the weights"):
-            gpu = [device] if device.type == "cuda" else None
-            model = DistributedDataParallel(raw, gpu, gradient_as_bucket_view=True)
+            model = DistributedDataParallel(raw, gradient_as_bucket_view=True)
     optimizers, table = make_optimizers(raw, c, ns_dtype=dtype if bf16 else None)
 
     tokens_total, epochs = positions[-1] * c.seq_len, positions[-1] / train_rows.num_rows
@@ -859,11 +855,12 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
     log(f"versions: python {platform.python_version()}, torch {torch.__version__}, cuda {torch.version.cuda}, "
         f"{platform.platform()}")
     log(f"hardware: {hardware}")
+    log(f"host: {platform.node()}", console=False)
     log(f"kernels: attention torch SDPA; activations and Newton-Schulz {str(dtype)[6:]}; torch.compile "
         + ("per block" if compiled else "off"))
     left_out = train_rows.num_tokens - train_rows.num_rows * c.seq_len
     log(f"data: {train_rows.num_tokens:,} training tokens in {len(train_rows.paths)} of {train_rows.num_found} shards "
-        f"({left_out} at their ends left out); the run takes {tokens_total:,}, or {epochs:.2f} epochs")
+        f"({left_out:,} at their ends left out); the run takes {tokens_total:,}, or {epochs:.2f} epochs")
     log(f"data sha256: train {data['train']}, val {data['val']}", console=False)
     if epochs > 1:
         log(f"warning: the run goes round the data {epochs:.2f} times; text seen again teaches less, so prepare more")
@@ -874,15 +871,17 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
         f"{', '.join(map(str, micro_batches.values()))} rows of {c.seq_len} at once")
     log(f"model: {parameters:,} parameters, of which {in_blocks:,} in the blocks\n{table}")
 
+    step = resumed["step"] if resumed else 0
+    loader, data_wait = load_batches(train_rows, positions, c.seed, world, step), 0.0
     prime_seconds = prime(model, raw, optimizers, c, world, set(micro_batches.values()))
     log(f"priming: {prime_seconds:.1f} s of compilation and dummy steps, outside the training time")
-    step, val_loss, clock = 0, None, Clock(device)
+    val_loss, clock = None, Clock(device)
     if resumed:     # after the priming, which leaves fresh optimizers behind
         raw.load_state_dict(resumed["model"])
         for optimizer, state in zip(optimizers, resumed["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         torch.set_rng_state(resumed["rng"])
-        step, val_loss, clock.elapsed = resumed["step"], resumed["val_loss"], resumed["elapsed"]
+        val_loss, clock.elapsed = resumed["val_loss"], resumed["elapsed"]
         log(f"resumed: {c.resume} at step {step}/{c.num_steps}, after {clock.elapsed:.1f} s of training")
 
     def require_finite(finite: bool, what: str) -> None:
@@ -890,7 +889,6 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
             good = f"the last good checkpoint is in {folder}" if (folder / CHECKPOINT).exists() else "none was saved"
             log(f"error: {what} is not finite", console=False)
             raise RunError(f"{what} is not finite; lower --lr, or give --warmup_steps; {good}")
-
     def save() -> None:
         with world.collective("collection of the optimizers' state"):
             states = [optimizer.state_dict() for optimizer in optimizers]
@@ -901,7 +899,6 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
                 val_loss=val_loss, rng=torch.get_rng_state(), model=raw.state_dict(), optimizers=states))
         world.gather(None)     # no rank leaves before the file is whole
         log(f"checkpoint: {folder / CHECKPOINT} at step {step}/{c.num_steps}")
-
     def finish(done: int, statistics: torch.Tensor, queued) -> bool:
         """Reads and logs the statistics of step `done`; returns whether some rank was told to stop."""
         if queued is not None:
@@ -921,14 +918,13 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
                disable=world.rank > 0 or not sys.stderr.isatty())
     clock.start()
     while step < c.num_steps and not stopping:
-        epoch, rows = positions[step] // train_rows.num_rows, batch_rows(c, step)
+        epoch = positions[step] // train_rows.num_rows
         if step and epoch > positions[step - 1] // train_rows.num_rows:
             log(f"data: epoch {epoch + 1} has begun, in a new order")
-        per_rank = rows // world.size
-        first = positions[step] + world.rank * per_rank
-        tokens = train_rows.read(train_rows.shuffled(c.seed, range(first, first + per_rank)))
-        tokens = (tokens.pin_memory() if device.type == "cuda" else tokens).to(device, non_blocking=True)
-        loss = accumulate_gradients(model, tokens, micro_batches[rows], world)
+        asked = time.perf_counter()
+        tokens = next(loader)
+        data_wait += time.perf_counter() - asked
+        loss = accumulate_gradients(model, tokens, micro_batches[batch_rows(c, step)], world)
         statistics = torch.stack((loss / world.size, torch.full_like(loss, len(signals))))
         if world.size > 1:
             with world.collective("average of the loss"):
@@ -969,8 +965,8 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
     peak = next((peak for name, peak in PEAK_FLOPS.items() if bf16 and re.search(rf"\b{name}\b", hardware)), None)
     summary = dict(
         run_id=c.run_id, track=c.track, val_loss=val_loss, target=c.target, target_reached=val_loss <= c.target,
-        data_comparable=comparable, train_seconds=clock.elapsed, compile_seconds=prime_seconds, steps=c.num_steps,
-        tokens=tokens_total, tokens_per_second=speed,
+        data_comparable=comparable, train_seconds=clock.elapsed, compile_seconds=prime_seconds,
+        data_wait_seconds=data_wait, steps=c.num_steps, tokens=tokens_total, tokens_per_second=speed,
         mfu=speed * flops / (peak * world.size) if peak else None,
         peak_memory_gib=max(world.gather(peak_memory_gib(device))), parameters=parameters, seed=c.seed,
         world_size=world.size, hardware=hardware, torch=torch.__version__, git=revision,

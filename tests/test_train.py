@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, command, environment, losses, run
@@ -154,7 +155,7 @@ def test_init_from_takes_the_weights_alone(one, text, tmp_path):
     model = train_gpt.GPT(c)
     model.load_state_dict(saved["model"])
     rows = train_gpt.Rows("train_files", c.train_files, c.vocab_size, c.seq_len, 32)
-    tokens = rows.read(rows.shuffled(9, range(16)))
+    tokens = rows.read(rows.shuffled(9, np.arange(16))).to(torch.int64)
     with torch.no_grad():
         expected = model(tokens[:, :-1], tokens[:, 1:]).item()
     assert float(losses(tmp_path / "r")["train", 1]) == pytest.approx(expected, abs=1e-5)
