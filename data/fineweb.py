@@ -18,7 +18,6 @@ HF_ENDPOINT names another hub, HF_TOKEN a token; HF_HUB_DISABLE_XET=1 takes plai
 import argparse
 import contextlib
 import hashlib
-import logging
 import os
 import re
 import shutil
@@ -36,8 +35,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 MAX_SHARDS = {"fineweb": 103, "finewebedu": 99}
 SHARD_TOKENS = 100_000_000
 SHARD_BYTES = HEADER_BYTES + 2 * SHARD_TOKENS
-# On top of the client's own retries, which resume a dropped connection and wait after 429, but not after 5xx in a GET.
-ATTEMPTS, LONGEST_WAIT = 8, 60      # the waits are 1, 2, 4 ... seconds
+# On top of the client's own, which resume a dropped connection and wait after 429, but give up on a reset or a 5xx.
+ATTEMPTS, LONGEST_WAIT = 10, 60     # the waits are 1, 2, 4 ... seconds: four minutes in all
 
 
 def shards_needed() -> int:
@@ -92,7 +91,7 @@ def fetch(name: str, repository: str, folder: Path, sizes: dict[str, int]) -> No
                     os.replace(final, f"{final}.corrupt")
                     say(f"{what}; kept as {name}.corrupt, fetching it again")
                 shutil.rmtree(part, ignore_errors=True)     # left by a process that was killed: the lock is ours
-                metadata = get_hf_file_metadata(hf_hub_url(repository, name, repo_type="dataset"), retry_on_errors=True)
+                metadata = get_hf_file_metadata(hf_hub_url(repository, name, repo_type="dataset"))
                 sizes[name] = metadata.size or SHARD_BYTES
                 # A new folder and a new cache, so that the client has nothing to reuse from an attempt that went wrong.
                 path = Path(hf_hub_download(repository, name, repo_type="dataset", revision=metadata.commit_hash,
@@ -139,10 +138,10 @@ def fetch_all(names: list[str], repository: str, folder: Path, workers: int) -> 
     A file that the hub lacks, or has no good copy of, leaves the rest to go on. After any other error, which the rest
     would meet too, no further file is begun.
     """
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars, logging
     disable_progress_bars()     # the client's, one a file
-    sizes, errors, fetched = dict.fromkeys(names, SHARD_BYTES), {}, []
-    with (ThreadPoolExecutor(workers) as pool, logging_redirect_tqdm([logging.getLogger("huggingface_hub")]),
+    sizes, errors, fetched = dict.fromkeys(names, SHARD_BYTES), {}, 0
+    with (ThreadPoolExecutor(workers) as pool, logging_redirect_tqdm([logging.get_logger()]),
           tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, disable=None, desc=repository) as bar):
         waiting, pending = list(names), {}
         while waiting or pending:
@@ -156,11 +155,12 @@ def fetch_all(names: list[str], repository: str, folder: Path, workers: int) -> 
                     if not isinstance(error, ShardError) and explain(error)[1] != 404:
                         waiting.clear()
                 else:
-                    fetched.append(name)
+                    fetched += 1
                     if bar.disable:
-                        print(f"{name}: {sizes[name] / 1e6:.1f} MB ({len(fetched)} of {len(names)})", flush=True)
+                        print(f"{name}: {sizes[name] / 1e6:.1f} MB ({fetched} of {len(names)})", flush=True)
             bar.total = sum(sizes.values())
-            bar.n = min(bar.total, sum(sizes[name] for name in fetched) + unfinished_bytes(folder / ".part"))
+            there = sum(sizes[name] for name in names if (folder / name).exists())
+            bar.n = min(bar.total, there + unfinished_bytes(folder / ".part"))
             bar.refresh()
     return errors
 
