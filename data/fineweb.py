@@ -28,6 +28,9 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, is_offline_mode
+from huggingface_hub.utils import disable_progress_bars, logging
 from shards import HEADER_BYTES, ShardError, read_shard
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -81,8 +84,6 @@ def fetch(name: str, repository: str, folder: Path, sizes: dict[str, int]) -> No
 
     A lock for each file makes other processes wait; whoever gets it looks first whether the file has come meanwhile.
     """
-    from filelock import FileLock
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     final, part, lock = folder / name, folder / ".part" / name, folder / ".part" / f"{name}.lock"
     with FileLock(lock):
         try:
@@ -90,10 +91,9 @@ def fetch(name: str, repository: str, folder: Path, sizes: dict[str, int]) -> No
                 if final.exists():
                     os.replace(final, f"{final}.corrupt")
                     say(f"{what}; kept as {name}.corrupt, fetching it again")
-                shutil.rmtree(part, ignore_errors=True)     # left by a process that was killed: the lock is ours
                 metadata = get_hf_file_metadata(hf_hub_url(repository, name, repo_type="dataset"))
                 sizes[name] = metadata.size or SHARD_BYTES
-                # A new folder and a new cache, so that the client has nothing to reuse from an attempt that went wrong.
+                # Its own folder and cache, which a failure removes: the client shall not reuse what has gone wrong.
                 path = Path(hf_hub_download(repository, name, repo_type="dataset", revision=metadata.commit_hash,
                                             local_dir=part, cache_dir=part / "cache"))
                 read_shard(path)
@@ -105,7 +105,7 @@ def fetch(name: str, repository: str, folder: Path, sizes: dict[str, int]) -> No
                     os.fsync(file.fileno())     # after a power cut, zeros under the final name would pass for tokens
                 os.replace(path, final)
         finally:
-            shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(part, ignore_errors=True)     # and what a killed process left there: the lock is ours
         lock.unlink(missing_ok=True)    # safe: whoever still waits for this lock file finds a good shard
 
 
@@ -138,7 +138,6 @@ def fetch_all(names: list[str], repository: str, folder: Path, workers: int) -> 
     A file that the hub lacks, or has no good copy of, leaves the rest to go on. After any other error, which the rest
     would meet too, no further file is begun.
     """
-    from huggingface_hub.utils import disable_progress_bars, logging
     disable_progress_bars()     # the client's, one a file
     sizes, errors, fetched = dict.fromkeys(names, SHARD_BYTES), {}, 0
     with (ThreadPoolExecutor(workers) as pool, logging_redirect_tqdm([logging.get_logger()]),
@@ -167,7 +166,6 @@ def fetch_all(names: list[str], repository: str, folder: Path, workers: int) -> 
 
 def complete(missing: list[str], repository: str, folder: Path, workers: int) -> None:
     """Fetches what is missing, or exits with a message."""
-    from huggingface_hub import constants, is_offline_mode
     part = folder / ".part"
     part.mkdir(parents=True, exist_ok=True)
     free, needed = shutil.disk_usage(folder).free + unfinished_bytes(part), SHARD_BYTES * len(missing)

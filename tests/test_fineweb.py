@@ -158,7 +158,7 @@ def test_every_fault_that_passes_ends_with_the_right_file(hub):
     names = [VAL, *map(train, range(1, 8))]
     hub.serve(*names)
     hub.serve(train(1), tokens=12_000_000)      # the client writes, and so resumes, in blocks of 10 MiB
-    hub.faults = {f"HEAD {VAL}": iter([503]), train(1): iter(["dropped"]), train(2): iter(["dropped"]),
+    hub.faults = {f"HEAD {VAL}": iter([503, 429]), train(1): iter(["dropped"]), train(2): iter(["dropped"]),
                   train(3): iter(["reset"]), train(4): iter([(429, 3), (500, 7)]), train(5): iter(["truncated"]),
                   train(6): iter(["wrong byte"])}
     hub.git_hash = {train(7)}
@@ -281,6 +281,7 @@ def test_options_and_disk_space_are_checked_before_the_hub_is_asked(tmp_path, mo
         assert error.value.code != 0
         return f"{error.value.code}{capsys.readouterr().err}"
 
+    monkeypatch.setattr(fineweb, "fetch_all", lambda *_: {})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12 - 10**9, 10**9))
     too_small = message("--num_shards", "103")
     assert "104 missing shards need 20.8 GB, 1.0 GB are free" in too_small and "--data_dir" in too_small
