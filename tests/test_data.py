@@ -1,10 +1,7 @@
-"""Shards, local text, and the order in which rows are read."""
+"""Shards, and the order in which rows are read."""
 
 import hashlib
-import importlib.util
 import random
-import subprocess
-import sys
 import threading
 import zlib
 from pathlib import Path
@@ -12,15 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import shards
-import torch
-from conftest import ROOT, SMALL, run
+from conftest import SMALL, run
 
 import train_gpt
-
-
-def tokenize(*arguments):
-    return subprocess.run([sys.executable, ROOT / "data/local_text.py", *map(str, arguments)], capture_output=True,
-                          text=True)
 
 
 def write_shard(path: Path, tokens, vocab_size: int = 257) -> Path:
@@ -58,61 +49,6 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         shard.write(np.array([1], dtype="<u2"))
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
-
-
-def test_local_text_follows_its_rule(tmp_path):
-    """Against the rule written out again here: end-of-text, the first 65,536 bytes, sha1(path) mod 20, its order."""
-    source, rng = tmp_path / "source", random.Random(0)
-    texts = {f"sub{i % 3}/file{i}.py": rng.randbytes(rng.choice([0, 1, 100, 70_000])) for i in range(120)}
-    for name, data in {**texts, "skipped.bin": b"x"}.items():
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        (source / name).write_bytes(data)
-    result = tokenize(source, "--out", tmp_path / "out", "--suffixes", ".py")
-    assert result.returncode == 0, result.stderr
-    expected = {"train": [], "val": []}
-    for name in sorted(texts, key=lambda name: hashlib.sha1(name.encode()).hexdigest()):
-        split = "val" if int(hashlib.sha1(name.encode()).hexdigest(), 16) % 20 == 0 else "train"
-        expected[split] += [256, *texts[name][:65536]]
-    for split, tokens in expected.items():
-        assert tokens and shards.read_shard(tmp_path / f"out/{split}_000000.bin")[0].tolist() == tokens
-
-
-def test_local_text_in_gpt2_tokens(tmp_path, monkeypatch):
-    cache = ROOT.parent / "shared/tiktoken"
-    if not cache.is_dir():
-        pytest.skip("no tiktoken cache with r50k_base at ../shared/tiktoken, and no network")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
-    text = "Hello, world! naïve café 🙂\n"
-    for i in range(40):
-        (tmp_path / f"{i}.txt").write_text(text * (i + 1))
-    assert tokenize(tmp_path, "--out", tmp_path / "out", "--encoding", "gpt2").returncode == 0
-    import tiktoken
-    encoding = tiktoken.get_encoding("r50k_base")
-    tokens, vocab_size = shards.read_shard(tmp_path / "out/val_000000.bin")
-    assert vocab_size == 50257
-    documents = encoding.decode(tokens.tolist()).split("<|endoftext|>")[1:]
-    assert documents and all(document and document == text * (len(document) // len(text)) for document in documents)
-
-
-def test_local_text_errors(tmp_path):
-    (tmp_path / "one.txt").write_text("x")
-    for arguments, message in (([tmp_path], "--out"), ([tmp_path / "no", "--out", tmp_path], "is not a folder"),
-                               ([tmp_path, "--out", tmp_path / "out"], "both splits need one")):
-        result = tokenize(*arguments)
-        assert result.returncode != 0 and message in result.stderr and "Traceback" not in result.stderr
-
-
-def test_tiny_data_is_what_the_preset_names(tmp_path):
-    if torch.__version__.split("+")[0] != "2.13.0":
-        pytest.skip(f"the preset's sha256 are of torch 2.13.0's sources, here is {torch.__version__}")
-    assert tokenize("--out", tmp_path).returncode == 0
-    c = train_gpt.make_config(dict(track="tiny"))
-    for split, expected in (("train", c.train_sha256), ("val", c.val_sha256)):
-        assert hashlib.sha256((tmp_path / f"{split}_000000.bin").read_bytes()).hexdigest() == expected
-    tokens = shards.read_shard(tmp_path / "val_000000.bin")[0]
-    folder = Path(importlib.util.find_spec("torch").origin).parent
-    first = bytes(tokens[1:1 + int(np.argmax(tokens[1:] == 256))].astype(np.uint8))
-    assert any(path.read_bytes()[:65536] == first for path in folder.rglob("*.py"))
 
 
 def corrupt(text: list[str], folder: Path, change) -> list[str]:
