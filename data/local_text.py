@@ -81,7 +81,7 @@ class Source(NamedTuple):
 
 class Document(NamedTuple):
     path: str
-    place: str          # "line 3" or "row 3" of the file; "" where the document is text in the file as it is
+    place: str          # in the file, such as "line 3"; "" where the document is the whole of it
     is_val: bool
     kind: str           # "file": the worker reads `path`; "json": `data` is a line of JSON; "text": it is the text
     start: int          # byte of the file where the text starts
@@ -237,7 +237,7 @@ def read_several(source: Source, args) -> Iterator[tuple[str, str, int, bytes, f
                     yield f"line {number}", "json", 0, line, position()
         elif args.separator:
             for start, text in split_text(file, args.separator):
-                yield "", "text", start, text, position()
+                yield f"document at byte {start}", "text", start, text, position()
         else:
             yield "", "text", 0, file.read(), position()
 
@@ -373,8 +373,8 @@ def encode_all(batches: Iterator, tokenizer: Tokenizer, args) -> Iterator[tuple[
     """Yields (encoded batch, bytes of the input read so far) in the order of the batches; raises InputError.
 
     Batches on their way are bounded by their bytes, so that memory is; but each worker may have one.
-    Not a concurrent.futures pool: that can hang when its workers are ended within a task (Python 3.10), and it leaves
-    them running when this process is killed; these see their connection close.
+    Not a pool of concurrent.futures: when this process is killed, its workers stay for ever, while these see their
+    connection close; and it hangs when they are ended within a task (Python 3.10), as Ctrl-C does here.
     """
     if args.workers == 1:
         for batch, _, position in batches:

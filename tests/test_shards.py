@@ -57,9 +57,10 @@ def test_damage_is_a_shard_error_or_changes_nothing(tmp_path, few_at_once):
             num_refused += 1
             assert str(path) in str(error) and "delete it" in str(error)
     assert num_refused > 300
-    path.write_bytes(struct.pack("<iiiiI", 20240520, 1, 0, 257, 5).ljust(1024, b"\0"))
-    with pytest.raises(shards.ShardError, match="checksum"):
-        shards.read_shard(path)
+    for vocab_size, checksum, message in ((257, 5, "checksum"), (-1, 0, "vocabulary of -1")):     # without a token
+        path.write_bytes(struct.pack("<iiiiI", 20240520, 1, 0, vocab_size, checksum).ljust(1024, b"\0"))
+        with pytest.raises(shards.ShardError, match=message):
+            shards.read_shard(path)
 
 
 def test_series_ends_each_shard_at_its_size(tmp_path):
