@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import shards
+import torch
 from conftest import SMALL, run
 
 import train_gpt
@@ -76,11 +77,19 @@ def set_bytes(start: int, value: bytes):
     (set_bytes(2000, b"\7\0"), "do not match the checksum"),
     (set_bytes(12, b"\0\2\0\0"), "has a vocabulary of 512; give --vocab_size that"),
 ], ids=["magic", "truncated", "short", "tokens", "negative", "range", "uint16", "checksum", "vocabulary"])
-def test_bad_shards_are_named_before_anything_trains(text, tmp_path, change, message):
-    options = corrupt(text, tmp_path, change)
+def test_bad_shards_are_named(text, tmp_path, change, message):
+    train_files = corrupt(text, tmp_path, change)[1]
+    world = train_gpt.World(0, 1, torch.device("cpu"), 60.0)
+    with pytest.raises(train_gpt.RunError) as error:
+        train_gpt.Rows("train_files", train_files, 257, 32, 10**9).check(world)
+    assert "train_000000.bin" in str(error.value) and message in str(error.value)
+
+
+def test_a_bad_shard_ends_a_run_before_anything_trains(text, tmp_path):
+    options = corrupt(text, tmp_path, set_bytes(2000, b"\7\0"))
     result = run("tiny", *SMALL, *options, "--log_dir", tmp_path / "logs")
     assert result.returncode == 2 and not (tmp_path / "logs").exists()
-    assert "train_000000.bin" in result.stderr and message in result.stderr and "Traceback" not in result.stderr
+    assert "train_000000.bin: the tokens do not match" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_empty_pattern(tmp_path):
