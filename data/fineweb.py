@@ -80,7 +80,7 @@ def problem(path: Path) -> str:
 
 
 def fetch(name: str, repository: str, folder: Path, sizes: dict[str, int]) -> None:
-    """Puts a good shard under its final name, or raises; `sizes[name]` becomes what the hub states, in bytes.
+    """Puts a good shard under its final name, or raises; `sizes[name]` becomes its size in bytes.
 
     A lock for each file makes other processes wait; whoever gets it looks first whether the file has come meanwhile.
     """
@@ -106,6 +106,7 @@ def fetch(name: str, repository: str, folder: Path, sizes: dict[str, int]) -> No
                 os.replace(path, final)
         finally:
             shutil.rmtree(part, ignore_errors=True)     # and what a killed process left there: the lock is ours
+        sizes[name] = final.stat().st_size
         lock.unlink(missing_ok=True)    # safe: whoever still waits for this lock file finds a good shard
 
 
@@ -175,6 +176,7 @@ def complete(missing: list[str], repository: str, folder: Path, workers: int) ->
     if is_offline_mode():
         sys.exit(f"fineweb.py: {folder}: {len(missing)} shards are missing, {missing[0]} is the first, and "
                  "HF_HUB_OFFLINE forbids to fetch them; unset it, or copy them there from another machine")
+    print(f"{folder}: fetching {len(missing)} missing files of {repository}", flush=True)
     errors = fetch_all(missing, repository, folder, workers)
     with contextlib.suppress(OSError):      # it is not empty while another process, or an error, needs it
         part.rmdir()
