@@ -3,7 +3,7 @@
 
     python data/fineweb.py                          # validation, and what the small preset's token budget needs
     python data/fineweb.py --num_shards 103         # all of it: 100M tokens and 200 MB a shard
-    python data/fineweb.py --dataset finewebedu     # FineWeb-Edu, into data/finewebedu10B
+    python data/fineweb.py --dataset finewebedu     # FineWeb-Edu, into data/finewebedu10B: train_gpt.py's --train_files
 
 A shard gets its final name only when it is whole: its size, header and range of tokens are checked, and its sha256
 where the hub states one (it does for large files). Files that are there are checked the same way, but without the hub
