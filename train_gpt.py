@@ -346,8 +346,8 @@ class Rows:
     def __init__(self, option: str, pattern: str, vocab_size: int, seq_len: int, max_rows: int):
         found = sorted(glob.glob(pattern))
         if not found:
-            raise RunError(f"--{option} {pattern}: no file matches; ./run.sh prepares a track's data, and "
-                           "data/local_text.py your own text")
+            raise RunError(f"--{option} {pattern}: no file matches; `python data/fineweb.py` fetches small's shards, "
+                           "`python data/local_text.py` makes tiny's, and those of your own text")
         self.seq_len, self.vocab_size, self.num_found = seq_len, vocab_size, len(found)
         self.paths, self.windows, ends, self.num_tokens, self.order = [], [], [0], 0, None
         while ends[-1] < max_rows and len(self.paths) < len(found):

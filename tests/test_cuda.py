@@ -52,3 +52,17 @@ def test_losses_do_not_depend_on_the_micro_batch(text, tmp_path):
         assert run("tiny", *SMALL, *text, *options, timeout=400, gpu=True).returncode == 0
     a, b = losses(tmp_path / "16"), losses(tmp_path / "2")
     assert max(abs(float(a[key]) - float(b[key])) for key in a) < 0.02
+
+
+def test_the_loader_gives_the_gpu_the_cpus_batches(text):
+    """Copied on a side stream while the GPU is kept busy; compared after the fact, so that a race would show."""
+    rows = train_gpt.Rows("train_files", text[1], 257, 32, 10**9)
+    positions = list(range(0, 4001, 40))
+    on = {kind: train_gpt.World(0, 1, torch.device(kind), 60.0) for kind in ("cpu", "cuda")}
+    expected = list(train_gpt.load_batches(rows, positions, 0, on["cpu"], ahead=4000))
+    busy, copies = torch.randn(4096, 4096, device="cuda"), []
+    for batch in train_gpt.load_batches(rows, positions, 0, on["cuda"], ahead=4000):
+        busy = (busy @ busy).clamp(-1, 1)
+        copies.append(batch.clone())
+        del batch
+    assert all(torch.equal(copy.cpu(), batch) for copy, batch in zip(copies, expected, strict=True))
