@@ -6,8 +6,9 @@
 
 The text is the Python sources of this interpreter's site-packages, again and again under other names, in a temporary
 folder. A single process reads its share of the files and calls encode_ordinary on each; its time leaves out its start,
-that of local_text.py is the whole command. The two take turns, A B B A. The peak memory (VmHWM of /proc, so on Linux
-alone) of each process of local_text.py is taken on a quarter of the text as well: it should be the same.
+that of local_text.py is the whole command. The two take turns, A B B A. The CPU seconds, of both with their starts,
+say more than the speeds where other work runs on the machine. The peak memory (VmHWM of /proc, so on Linux alone) of
+each process of local_text.py is taken on a quarter of the text as well: it should be the same.
 
 TIKTOKEN_CACHE_DIR must name a folder with r50k_base where there is no network. (This file is not tokenize.py, which
 would hide the standard library's module of that name from every script in this folder.)
@@ -16,6 +17,7 @@ would hide the standard library's module of that name from every script in this 
 import argparse
 import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 import sysconfig
@@ -101,6 +103,12 @@ def local_text(inputs: list[Path], num_cores: int) -> tuple[float, list[float]]:
     return seconds, list(peaks.values())
 
 
+def cpu_seconds() -> float:
+    """Returns those of all processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def show_memory(size_mb: float, peaks: list[float]) -> None:
     if peaks:
         print(f"peak memory on {size_mb:,.0f} MB: parent {peaks[0]:.0f} MB, workers "
@@ -124,15 +132,17 @@ def main():
         show_memory(quarter, local_text([folder / "quarter"], num_cores)[1])
         speeds = {"A": [], "B": []}
         for turn in ORDER:
+            before = cpu_seconds()
             if turn == "A":
                 singles = single_processes(folder, num_cores)
                 speeds[turn].append(sum(singles))
-                print(f"single processes: {' + '.join(f'{speed:.2f}' for speed in singles)} = {sum(singles):.2f} MB/s",
-                      flush=True)
+                print(f"single processes: {' + '.join(f'{speed:.2f}' for speed in singles)} = {sum(singles):.2f} MB/s, "
+                      f"{cpu_seconds() - before:.1f} CPU s", flush=True)
             else:
                 seconds, peaks = local_text([folder / "quarter", folder / "rest"], num_cores)
                 speeds[turn].append(megabytes / seconds)
-                print(f"local_text.py: {seconds:.1f} s, {speeds[turn][-1]:.2f} MB/s", flush=True)
+                print(f"local_text.py: {seconds:.1f} s = {speeds[turn][-1]:.2f} MB/s, "
+                      f"{cpu_seconds() - before:.1f} CPU s", flush=True)
                 show_memory(megabytes, peaks)
         a, b = (sum(speeds[turn]) / len(speeds[turn]) for turn in "AB")
         print(f"mean: single processes {a:.2f} MB/s, local_text.py {b:.2f} MB/s, ratio {b / a:.3f}")
