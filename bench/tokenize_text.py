@@ -96,7 +96,7 @@ def local_text(inputs: list[Path], num_cores: int) -> tuple[float, list[float]]:
         with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL) as process:
             while process.poll() is None:
                 peaks_of(process.pid, peaks)
-                time.sleep(0.05)
+                time.sleep(0.2)
         seconds = time.monotonic() - started
     if process.returncode:
         sys.exit(f"tokenize_text.py: local_text.py ended with exit code {process.returncode}")
