@@ -4,4 +4,4 @@ set -euo pipefail
 cd "$(dirname "$0")"
 python=$(./run.sh env requirements-dev.txt)
 "$python" -m ruff check .
-exec "$python" -m pytest "$@"
+exec "$python" -m pytest -n 2 --dist loadscope "$@"     # two processes, each with a module at a time
