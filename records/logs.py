@@ -1,0 +1,129 @@
+"""Reads the logs of training runs: those of train_gpt.py and of modded-nanogpt. The other scripts here import it.
+
+A log of train_gpt.py is its source, a line of 100 '=', facts such as `config: {json}`, `step:` lines and a summary of
+`key: value` lines; a resumed run goes on in the same file and writes source and facts again. A log of modded-nanogpt is
+its source, a line of 100 '=', versions and nvidia-smi, another such line, and `step:` lines.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+DIVIDER = "=" * 100 + "\n"
+STEP = re.compile(r"^step:(\d+)/(\d+) (train|val)_loss:(\S+) train_time:([\d.]+)(ms|s)\b", re.MULTILINE)
+
+
+class LogError(Exception):
+    """A log, or what belongs to it, that cannot be used: the message names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a log says of its run; None where it does not say.
+
+    Where the parts of a resumed run differ in a text, it holds both, joined by THEN, so that it equals no other run's.
+    """
+    path: Path
+    kind: str                   # "train_gpt.py" or "modded-nanogpt"
+    source: str | None          # program text of the run's start
+    source_sha256: str | None
+    git: str | None             # commit, with '-dirty' where the files differed from it
+    config: dict                # {} in modded-nanogpt's logs
+    versions: str | None        # python, torch, cuda and platform
+    torch: str | None
+    hardware: str | None
+    world_size: int | None      # processes
+    train_sha256: str | None
+    val_sha256: str | None
+    num_steps: int              # planned length of the run
+    resumed: bool
+    losses: dict                # {"train" or "val": {step: (seconds of training, loss)}}
+    summary: dict               # {} where the run did not finish
+
+    @property
+    def folder(self) -> Path:
+        return self.path.absolute().parent
+
+    @property
+    def name(self) -> str:
+        return self.folder.name if self.path.name == "log.txt" else self.path.stem
+
+    @property
+    def finished(self) -> bool:
+        return self.num_steps in self.losses["val"]
+
+    @property
+    def final(self) -> tuple[float, float]:
+        """Returns (seconds of training, validation loss) of the last step of a finished run."""
+        return self.losses["val"][self.num_steps]
+
+
+THEN = " then "
+
+
+def fact(pattern: str, text: str) -> str | None:
+    """Returns the value on the lines that match: one, or where a resume changed it, all, in their order."""
+    return THEN.join(dict.fromkeys(re.findall(pattern, text, re.MULTILINE))) or None
+
+
+def read_summary(text: str) -> dict:
+    """Returns the `key: value` lines as a dict; values that are JSON, as what they mean."""
+    summary = {}
+    for key, value in re.findall(r"^(\w+): (.*)$", text, re.MULTILINE):
+        try:
+            summary[key] = json.loads(value)
+        except json.JSONDecodeError:
+            summary[key] = value
+    return summary
+
+
+def read_log(path: Path) -> Run:
+    """Reads a log file, or the log.txt of a run folder; raises LogError where it is no log, or damaged."""
+    path = path / "log.txt" if path.is_dir() else path
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise LogError(f"{path} does not exist; give the folder or log of a run") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise LogError(f"{path} cannot be read ({error}); give the folder or log of a run") from None
+
+    losses, num_steps = {"train": {}, "val": {}}, 0
+    for step, planned, kind, loss, time, unit in STEP.findall(text):     # after a resume, the later of two lines counts
+        losses[kind][int(step)] = (float(time) / (1e3 if unit == "ms" else 1), float(loss))
+        num_steps = int(planned)
+
+    configs = re.findall(r"^config: (\{.*)$", text, re.MULTILINE)
+    if configs:
+        try:
+            config = json.loads(configs[-1])
+            num_steps = config["num_steps"]
+        except (json.JSONDecodeError, KeyError) as error:
+            raise LogError(f"{path}: its config line is damaged ({error}); leave this log out") from None
+        start = text.rfind("\nrun_id: ") + 1 or len(text)     # of the summary, whose keys are partly those of the facts
+        text, summary = text[:start], read_summary(text[start:])
+        source, divider, _ = text.partition(DIVIDER + "run folder: ")
+        hashes = fact(r"^source: sha256 (\w+)", text)
+        if divider and hashes and hashlib.sha256(source.encode()).hexdigest() != hashes.split(THEN)[0]:
+            raise LogError(f"{path}: the source in it is not the one that ran (its sha256 is not {hashes}); give the "
+                           "log as the run wrote it")
+        hardware = fact(r"^hardware: (.*)$", text)
+        processes = re.match(r"\d+", hardware or "")
+        return Run(
+            path, "train_gpt.py", source if divider else None, hashes, fact(r"^source: sha256 \w+, git (\S+)$", text),
+            config, fact(r"^versions: (.*)$", text), fact(r"^versions: .*?\btorch ([^,]+)", text), hardware,
+            int(processes[0]) if processes else None, fact(r"^data sha256: train (\w+)", text),
+            fact(r"^data sha256: .*\bval (\w+)$", text), num_steps, "\nresumed: " in text, losses, summary)
+
+    source, divider, body = text.partition(DIVIDER)
+    if not losses["val"] or not divider:
+        raise LogError(f"{path} is no log of train_gpt.py or modded-nanogpt; give the folder or log of a run")
+    named = re.search(r"^Running on device_name=(.*) with world_size=(\d+)$", body, re.MULTILINE)
+    gpus = re.findall(r"^\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|", body, re.MULTILINE)     # rows of nvidia-smi
+    hardware = f"{named[2]} x {named[1]}" if named else f"{len(gpus)} x {gpus[0]}" if gpus else None
+    torch = fact(r"^Running PyTorch (\S+)", body)
+    return Run(
+        path, "modded-nanogpt", source, hashlib.sha256(source.encode()).hexdigest(), None, {},
+        fact(r"^(Running (?:Python|PyTorch) .*)$", body), torch, hardware, int(named[2]) if named else None, None, None,
+        num_steps, False, losses, {})
