@@ -122,8 +122,8 @@ def read_log(path: Path) -> Run:
     named = re.search(r"^Running on device_name=(.*) with world_size=(\d+)$", body, re.MULTILINE)
     gpus = re.findall(r"^\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|", body, re.MULTILINE)     # rows of nvidia-smi
     hardware = f"{named[2]} x {named[1]}" if named else f"{len(gpus)} x {gpus[0]}" if gpus else None
-    torch = fact(r"^Running PyTorch (\S+)", body)
     return Run(
         path, "modded-nanogpt", source, hashlib.sha256(source.encode()).hexdigest(), None, {},
-        fact(r"^(Running (?:Python|PyTorch) .*)$", body), torch, hardware, int(named[2]) if named else None, None, None,
+        fact(r"(?i)^Running (pytorch .*)$", body), fact(r"(?i)^Running pytorch (\S+)", body), hardware,
+        int(named[2]) if named else None, None, None,
         num_steps, False, losses, {})
