@@ -1,72 +1,422 @@
 #!/usr/bin/env python3
-"""Draws the loss of runs against steps and seconds of training, from their log.txt files.
+"""Draws the loss of runs against steps, tokens and seconds of training, from their log.txt files.
 
-    python records/plot.py logs/latest                      # writes logs/latest/loss.png
-    python records/plot.py logs/A logs/B --out compare.png
+    python records/plot.py logs/RUN                                     # writes logs/RUN/loss.png
+    python records/plot.py runs/tweak --baseline runs/base --out compare.png
+    python records/plot.py logs --html runs.html                        # one page, to open or send: plots and tables
+
+A folder stands for all logs below it. Runs of the same source and config, but for seed and paths, make one group: one
+line through their mean, in a band of their standard deviation. A run that stopped before the others of its group is a
+thin line of its own, outside mean and band.
 """
 
 import argparse
+import base64
+import html
+import io
+import json
+import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from logs import LogError, Run, read_log  # noqa: E402
+from compare import block_of, names, read_runs, setting  # noqa: E402
+from logs import LogError, Run  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
+from matplotlib.ticker import EngFormatter  # noqa: E402
+
+AXES = ("steps", "tokens", "seconds of training")
+LONGEST_NAME = 60               # characters, up to which a group's name tells its config too
+DASHES = {"--": "6 3", "-.": "6 2 2 2", ":": "2 2"}      # of baselines: matplotlib's, and SVG's for the page
 
 
-def smooth(values: list[float], window: int) -> list[float]:
+@dataclass(frozen=True)
+class Group:
+    """Runs of one setting, drawn as one line."""
+    name: str
+    runs: list[Run]
+    baseline: bool
+    color: str                  # such as #1f77b4
+    line: str                   # matplotlib's line style
+
+    @property
+    def title(self) -> str:
+        return ("baseline " if self.baseline else "") + self.name
+
+    @property
+    def whole(self) -> list[Run]:
+        """The runs that went furthest, of which mean and spread are taken."""
+        ends = [max(run.losses["train"]) for run in self.runs]
+        return [run for run, end in zip(self.runs, ends, strict=True) if end == max(ends)]
+
+
+# The groups and their names.
+
+def plain(value: str | None) -> str:
+    """Returns a value of setting() as it is read: "adamw" without its quotes."""
+    return "none" if value is None else value.strip('"')
+
+
+def differences(groups: list[list[Run]]) -> dict[str, list[str]]:
+    """Returns {field, num_steps or source: its value in each group} of those that differ between the groups."""
+    settings = [setting(runs[0]) for runs in groups]
+    fields = dict.fromkeys(name for fields in settings for name in fields)
+    values = {name: [plain(fields.get(name)) for fields in settings] for name in fields}
+    return {name: column for name, column in values.items() if len(set(column)) > 1}
+
+
+def name_groups(groups: list[list[Run]]) -> list[str]:
+    """Names each group by its run, its letter in an A/B folder, or the folder that holds all of it and no other.
+
+    Where it stays short for all groups, the fields of Config that differ are added.
+    """
+    found, places = [], []
+    for runs in groups:
+        folder = Path(os.path.commonpath([run.folder for run in runs]))
+        others = [run for other in groups if other is not runs for run in other]
+        letters = {run.folder.name.split("_")[1] for run in runs if block_of(run)}
+        place = folder
+        if len(runs) == 1:
+            name, place = runs[0].name, folder.parent
+        elif len(letters) == 1 and all(map(block_of, runs)):
+            name = letters.pop()
+        elif not any(run.folder.is_relative_to(folder) for run in others):
+            name, place = folder.name, folder.parent
+        else:
+            name = f"{runs[0].name} and {len(runs) - 1} more"
+        found.append(name)
+        places.append(place.name)
+    if len(set(found)) < len(found):
+        found = [f"{place}/{name}" for place, name in zip(places, found, strict=True)]
+    if len(set(found)) < len(found):
+        found = [f"{name} ({i})" for i, name in enumerate(found, 1)]
+    columns = {field: column for field, column in differences(groups).items() if field != "source"}
+    longer = [f"{name} ({', '.join(f'{field} {column[i]}' for field, column in columns.items())})"
+              for i, name in enumerate(found)]
+    return longer if columns and max(map(len, longer)) <= LONGEST_NAME else found
+
+
+def group_runs(runs: list[Run], baselines: list[Run]) -> list[Group]:
+    """Groups runs by setting, in the order given, baselines last; a log given twice counts once, as a baseline."""
+    found, seen = {}, set()
+    for baseline, some in ((True, baselines), (False, runs)):
+        for run in some:
+            if run.path.resolve() not in seen:
+                seen.add(run.path.resolve())
+                found.setdefault((baseline, json.dumps(setting(run), sort_keys=True)), []).append(run)
+    keys = sorted(found, key=lambda key: key[0])
+    count = sum(not baseline for baseline, _ in keys)
+    colors = [color for i, color in enumerate(plt.cm.tab10.colors) if i != 7]     # all but grey
+    palette = colors if count <= len(colors) else plt.cm.turbo(np.linspace(0.05, 0.95, count))
+    groups = []
+    for i, ((baseline, key), name) in enumerate(zip(keys, name_groups([found[key] for key in keys]), strict=True)):
+        color = "#808080" if baseline else matplotlib.colors.to_hex(palette[i])
+        line = list(DASHES)[(i - count) % len(DASHES)] if baseline else "-"
+        groups.append(Group(name, found[baseline, key], baseline, color, line))
+    return groups
+
+
+# The curves: arrays of four rows, which are steps, tokens, seconds of training and loss, with a column a logged step.
+
+def tokens_after(run: Run) -> np.ndarray:
+    """Returns the tokens trained on after 0, 1, ... num_steps steps; batch_tokens are in equal stages."""
+    stages, steps = np.array(run.config["batch_tokens"]), np.arange(run.num_steps)
+    return np.concatenate([[0], np.cumsum(stages[steps * len(stages) // run.num_steps])])
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Returns the mean of each value and up to window - 1 before it."""
-    return [sum(values[max(0, i + 1 - window):i + 1]) / min(window, i + 1) for i in range(len(values))]
+    sums, ends = np.concatenate([[0], np.cumsum(values)]), np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def draw(runs: list[Run], out: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    for run, color in zip(runs, plt.cm.tab10.colors * len(runs), strict=False):
-        train, val = run.losses["train"], run.losses["val"]
-        steps, val_steps = sorted(train), sorted(val)
-        losses = [train[step][1] for step in steps]
-        for axis, x in ((axes[0], steps), (axes[1], [train[step][0] for step in steps])):
-            axis.plot(x, losses, color=color, alpha=0.3 / len(runs), linewidth=0.8)
-            axis.plot(x, smooth(losses, max(1, len(steps) // 40)), color=color, linewidth=1.6,
-                      label=f"{run.name}: training")
-        if val:
-            for axis, x in ((axes[0], val_steps), (axes[1], [val[step][0] for step in val_steps])):
-                axis.plot(x, [val[step][1] for step in val_steps], "o-", color=color, markersize=6,
-                          markeredgecolor="black",
-                          label=f"validation, {val[val_steps[-1]][1]:.4f} at step {val_steps[-1]}")
-    targets = {run.config["target"] for run in runs}
-    for axis, label in zip(axes, ("step", "training time (s)"), strict=True):
-        for target in targets:
-            axis.axhline(target, color="black", linestyle="--", linewidth=0.9, label=f"target {target:g}")
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.3)
-    # The first steps fall from ln(vocabulary) within a moment: the axis shows what comes after.
-    smoothed = [smooth([run.losses["train"][step][1] for step in sorted(run.losses["train"])], 10) for run in runs]
-    top = max(values[len(values) // 20] for values in smoothed)
-    axes[0].set_ylim(min([*map(min, smoothed), *targets]) - 0.05, top + 0.1)
+def window_of(run: Run) -> int:
+    """Returns the number of steps over which the run's training loss is smoothed."""
+    return max(1, run.num_steps // 40)
+
+
+def curve(runs: list[Run], kind: str, smoothed: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (mean, standard deviation) of the runs' curves, both (4, steps that all have); kind is train or val."""
+    steps = sorted(set.intersection(*(set(run.losses[kind]) for run in runs)))
+    curves = []
+    for run in runs:
+        seconds, losses = np.array([run.losses[kind][step] for step in steps]).reshape(-1, 2).T
+        if kind == "train" and smoothed:
+            losses = smooth(losses, window_of(run))
+        curves.append([steps, tokens_after(run)[steps] if steps else [], seconds, losses])
+    curves = np.array(curves, dtype=float)
+    return curves.mean(axis=0), curves.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros_like(curves[0])
+
+
+def plus_minus(values, style: str) -> str:
+    """Returns the mean of numbers, with the standard deviation where there are several."""
+    values = np.array(values)
+    return f"{values.mean():{style}}" + (f" ± {values.std(ddof=1):{style}}" if len(values) > 1 else "")
+
+
+# The picture.
+
+def targets(groups: list[Group]) -> list[float]:
+    return sorted({run.config["target"] for group in groups for run in group.runs})
+
+
+def loss_range(groups: list[Group]) -> tuple[float, float]:
+    """Returns the limits of the loss axis: the first steps, which fall from ln(vocabulary) in a moment, lie above."""
+    curves = [smooth(curve([run], "train", smoothed=False)[0][3], 10) for group in groups for run in group.runs]
+    top = max(losses[len(losses) // 20] for losses in curves)
+    bottom = min([*(losses.min() for losses in curves), *targets(groups)])
+    return bottom - 0.05 * (top - bottom), top + 0.05 * (top - bottom)
+
+
+def draw_panel(axis, groups: list[Group], row: int, limits: tuple[float, float]) -> None:
+    """Draws the losses against row 0, 1 or 2 of the curves."""
+    alone = len(groups) == 1 and len(groups[0].runs) == 1
+    for group in reversed(groups):      # baselines lie below, the first group on top
+        look = dict(color=group.color, linestyle=group.line)
+        if alone:
+            raw, _ = curve(group.runs, "train", smoothed=False)
+            axis.plot(raw[row], raw[3], color=group.color, alpha=0.3, linewidth=0.6)
+        for run in group.runs:
+            if run not in group.whole:
+                mean, _ = curve([run], "train")
+                axis.plot(mean[row], mean[3], linewidth=0.6, alpha=0.7, **look)
+        mean, spread = curve(group.whole, "train")
+        if len(group.whole) > 1:
+            axis.fill_between(mean[row], mean[3] - spread[3], mean[3] + spread[3], color=group.color, alpha=0.2,
+                              linewidth=0)
+        axis.plot(mean[row], mean[3], linewidth=1.6 if alone or len(group.whole) > 1 else 1, **look)
+        mean, spread = curve(group.whole, "val")
+        axis.errorbar(mean[row], mean[3], xerr=spread[row], yerr=spread[3], fmt="o", color=group.color, markersize=5,
+                      markeredgecolor="black", markeredgewidth=0.7, elinewidth=1, zorder=3)
+    for target in targets(groups):
+        axis.axhline(target, color="black", linestyle=(0, (5, 4)), linewidth=0.9)
+    axis.set_ylim(*limits)
+    axis.set_xlabel(AXES[row])
+    axis.locator_params(axis="x", nbins=6)
+    if AXES[row] == "tokens":
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.grid(alpha=0.3)
+
+
+def how_to_read(groups: list[Group]) -> str:
+    windows = sorted({window_of(group.runs[0]) for group in groups})
+    window = f"mean of {windows[0]}" + (f" to {windows[-1]}" if len(windows) > 1 else "")
+    several = any(len(group.whole) > 1 for group in groups)
+    return (f"lines: training loss ({window} steps); dots: validation loss" + (
+        "; bands and bars: ± standard deviation over the runs" if several else ""))
+
+
+def describe(group: Group) -> str:
+    """Returns the legend's text for the group: its name and last validation loss."""
+    mean, spread = curve(group.whole, "val")
+    text = group.title
+    if mean.shape[1]:
+        several = f" ± {spread[3][-1]:.4f}" if len(group.whole) > 1 else ""
+        text += f": {mean[3][-1]:.4f}{several} at step {mean[0][-1]:.0f}"
+    if len(group.runs) > 1:
+        text += f", {len(group.whole)} runs" if len(group.whole) > 1 else ", 1 run"
+    stopped = len(group.runs) - len(group.whole)
+    return text + (f" and {stopped} stopped before" if stopped else "")
+
+
+def draw(groups: list[Group], out: Path) -> None:
+    """Writes the picture of three panels, with the legend below them."""
+    labels = [describe(group) for group in groups] + [f"target {target:g}" for target in targets(groups)]
+    handles = [Line2D([], [], color=group.color, linestyle=group.line, marker="o", markersize=5,
+                      markeredgecolor="black", markeredgewidth=0.7) for group in groups]
+    handles += [Line2D([], [], color="black", linestyle=(0, (5, 4)), linewidth=0.9)] * len(targets(groups))
+    columns = max(1, min(4, len(labels), 180 // (max(map(len, labels)) + 8)))
+    rows = -(-len(labels) // columns)
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4.4 + 0.2 * rows), sharey=True, layout="constrained")
+    limits = loss_range(groups)
+    for row, axis in enumerate(axes):
+        draw_panel(axis, groups, row, limits)
     axes[0].set_ylabel("loss (nats a token)")
-    axes[0].legend(fontsize=8)
+    legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False,
+                           handlelength=3, title=how_to_read(groups), title_fontsize=9)
+    for text in legend.get_texts():
+        text.set_parse_math(False)      # a name may hold dollar signs
     figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+# The page.
+
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>$title</title>
+<style>
+:root { --text: #1b1b1b; --faint: #5f5f5f; --rule: #d9d9d9; --back: #ffffff; }
+body { margin: 0 auto; padding: 1rem; max-width: 90rem; font: 0.95rem/1.45 system-ui, sans-serif; color: var(--text);
+  background: var(--back); }
+h1 { font-size: 1.35rem; margin: 0.3rem 0 0.8rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.05rem; margin: 1.8rem 0 0.5rem; }
+p { margin: 0.4rem 0; color: var(--faint); }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 0.8rem;
+  margin-top: 1rem; }
+.plots img { width: 100%; height: auto; display: block; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.85rem; }
+th, td { padding: 0.3rem 0.9rem 0.3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule); }
+td { white-space: nowrap; }
+td.words { white-space: normal; min-width: 10rem; }
+thead th { color: var(--faint); font-weight: 500; vertical-align: bottom; }
+tbody th { font-weight: 500; min-width: clamp(7rem, 20vw, 18rem); overflow-wrap: anywhere; padding-left: 36px;
+  position: relative; }
+svg { position: absolute; left: 0; top: calc(0.3rem + 0.7em - 5px); }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e6e6e6; --faint: #a3a3a3; --rule: #3a3a3a; --back: #161616; }
+  img, svg { filter: invert(0.92) hue-rotate(180deg); }
+}
+</style>
+</head>
+<body>
+<h1>$title</h1>
+$groups
+<div class="plots">
+$plots
+</div>
+<p>Plots: $reading</p>
+<p>Groups are runs of the same source and config, but for seed and paths. Their figures: mean of the finished runs,
+± standard deviation. A group reaches the target by its mean.</p>
+<h2>Config differences between the groups</h2>
+$differences
+<h2>Runs</h2>
+$runs
+</body>
+</html>
+""")
+
+
+def table(label: str, head: list[str], rows: list[tuple], groups: list[Group]) -> str:
+    """Returns an HTML table in a box that scrolls, a row with the mark of its group; the texts are escaped here."""
+    lines = []
+    for row, group in zip(rows, groups, strict=True):
+        dashes = f' stroke-dasharray="{DASHES[group.line]}"' if group.baseline else ""
+        mark = (f'<svg width="30" height="10" aria-hidden="true"><path d="M0 5H30" stroke="{group.color}" '
+                f'stroke-width="2.5"{dashes}/></svg>')
+        first, *others = (html.escape(str(text)) for text in row)
+        cells = "".join(f"<td{' class=words' if len(text) > 20 else ''}>{text}</td>" for text in others)
+        lines.append(f'<tr><th scope="row">{mark}{first}</th>{cells}</tr>')
+    titles = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in head)
+    return (f'<div class="scroll" role="region" aria-label="{html.escape(label)}" tabindex="0">\n<table>\n'
+            f"<thead><tr>{titles}</tr></thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody>\n</table>\n</div>")
+
+
+def speed(run: Run) -> tuple[int, float, float]:
+    """Returns (steps done, seconds of training, tokens a second)."""
+    steps = max(run.losses["train"])
+    seconds = run.final[0] if run.finished else run.losses["train"][steps][0]
+    return steps, seconds, tokens_after(run)[steps] / seconds
+
+
+def run_row(run: Run, group: Group) -> tuple:
+    steps, seconds, tokens_a_second = speed(run)
+    loss = f"{run.final[1]:.4f}" if run.finished else "-"
+    reached = ("yes" if run.final[1] <= run.config["target"] else "no") if run.finished else "-"
+    done = f"{steps:,}" if run.finished else f"{steps:,} of {run.num_steps:,}"
+    return (run.name, loss, reached, f"{seconds:,.1f}", f"{tokens_a_second:,.0f}", done, run.config.get("seed", "-"),
+            group.title, run.hardware or "-", run.torch or "-")
+
+
+def group_row(group: Group) -> tuple:
+    """Mean and standard deviation of the finished runs; the target counts by the mean."""
+    finished = [run for run in group.runs if run.finished]
+    facts = [" | ".join(sorted({value(run) or "-" for run in group.runs})) for value in (
+        lambda run: f"{run.num_steps:,}", lambda run: run.hardware, lambda run: run.torch)]
+    count = f"{len(finished)}" + (f" of {len(group.runs)}" if len(finished) < len(group.runs) else "")
+    if not finished:
+        return group.title, "-", "-", "-", "-", *facts[:1], count, *facts[1:]
+    losses = np.array([run.final[1] for run in finished])
+    target = finished[0].config["target"]
+    _, seconds, tokens_a_second = zip(*map(speed, finished), strict=True)
+    return (group.title, plus_minus(losses, ".4f"),
+            f"{'yes' if losses.mean() <= target else 'no'} ({(losses <= target).sum()} of {len(losses)} runs)",
+            plus_minus(seconds, ",.1f"), plus_minus(tokens_a_second, ",.0f"), *facts[:1], count, *facts[1:])
+
+
+def page(groups: list[Group]) -> str:
+    """Returns the page, which refers to nothing outside itself."""
+    plots, limits = [], loss_range(groups)
+    for row, name in enumerate(AXES):
+        figure, axis = plt.subplots(figsize=(5, 3.8), layout="constrained")
+        draw_panel(axis, groups, row, limits)
+        axis.set_ylabel("loss (nats a token)")
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=160, transparent=True)
+        plt.close(figure)
+        plots.append(f'<img width="800" height="608" alt="Loss against {name}" src="data:image/png;base64,'
+                     f'{base64.b64encode(picture.getvalue()).decode()}">')
+    columns = differences([group.runs for group in groups])
+    members = [(run, group) for group in groups for run in group.runs]
+    measures = ["final validation loss", "target reached", "seconds of training", "tokens a second", "steps"]
+    return PAGE.substitute(
+        title=html.escape(groups[0].name if len(groups) == 1 else f"{len(members)} runs in {len(groups)} groups"),
+        groups=table("Groups", ["group", *measures, "finished runs", "hardware", "torch"], list(map(group_row, groups)),
+                     groups),
+        plots="\n".join(plots),
+        reading=html.escape(f"{how_to_read(groups)}; broken line across: target "
+                            f"{' and '.join(f'{target:g}' for target in targets(groups))}."),
+        differences=table("Config differences", ["group", *columns], [
+            (group.title, *(column[i] for column in columns.values())) for i, group in enumerate(groups)], groups)
+        if columns else "<p>None: all runs have the same source and config, but for seed and paths.</p>",
+        runs=table("Runs", ["run", *measures, "seed", "group", "hardware", "torch"],
+                   [run_row(run, group) for run, group in members], [group for _, group in members]))
+
+
+def read_trained(paths: list[Path]) -> list[Run]:
+    """Returns the runs with a training loss, and says on stderr which have none."""
+    trained, untrained = [], []
+    for run in read_runs(paths):
+        good = run.losses["train"] and {"batch_tokens", "target"} <= run.config.keys()
+        (trained if good else untrained).append(run)
+    if untrained:
+        paths = names([run.path for run in untrained])
+        print(f"plot.py: left out: {paths} has no training loss of train_gpt.py", file=sys.stderr)
+    return trained
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or their log.txt")
-    parser.add_argument("--out", type=Path, help="picture to write (default: loss.png beside the first log)")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, logs, or folders of these")
+    parser.add_argument("--baseline", nargs="+", type=Path, default=[], metavar="RUN",
+                        help="runs to draw in grey, dashed")
+    parser.add_argument("--out", type=Path, help="picture to write (default, without --html: loss.png in the first "
+                        "folder, or beside the first log)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="page to write: plots, runs and config differences")
     args = parser.parse_args()
     first = args.runs[0] if args.runs[0].is_dir() else args.runs[0].parent
-    out = args.out or first / "loss.png"
+    out = args.out or (None if args.html else first / "loss.png")
+    formats = matplotlib.backend_bases.FigureCanvasBase.filetypes
+    if out and out.suffix[1:].lower() not in formats:
+        parser.error(f"--out {out}: must end in one of .{', .'.join(formats)}")
     try:
-        runs = [read_log(path) for path in args.runs]
+        runs, baselines = read_trained(args.runs), read_trained(args.baseline)
     except LogError as error:
         sys.exit(f"plot.py: {error}")
-    for run in runs:
-        if not run.config or not run.losses["train"]:
-            sys.exit(f"plot.py: {run.path} has no training loss of train_gpt.py; give the log of a run that trained")
-    draw(runs, out)
-    print(f"plot: {out}")
+    if not runs:
+        sys.exit("plot.py: no run is left to draw; give the log of a run that trained")
+    groups = group_runs(runs, baselines)
+    try:
+        if out:
+            draw(groups, out)
+            print(f"plot: {out}")
+        if args.html:
+            args.html.write_text(page(groups), encoding="utf-8")
+            print(f"page: {args.html}")
+    except OSError as error:
+        sys.exit(f"plot.py: {error.filename} cannot be written ({error.strerror}); name another file")
 
 
 if __name__ == "__main__":
