@@ -3,6 +3,8 @@
 A log of train_gpt.py is its source, a line of 100 '=', facts such as `config: {json}`, `step:` lines and a summary of
 `key: value` lines; a resumed run goes on in the same file and writes source and facts again. A log of modded-nanogpt is
 its source, a line of 100 '=', versions and nvidia-smi, another such line, and `step:` lines.
+
+In a record the logs of train_gpt.py stand without their sources, each of which is kept once, beside them (keep.py).
 """
 
 import hashlib
@@ -27,7 +29,7 @@ class Run:
     """
     path: Path
     kind: str                   # "train_gpt.py" or "modded-nanogpt"
-    source: str | None          # program text of the run's start
+    source: str | None          # program text of the run's start, from the log or from beside it
     source_sha256: str | None
     git: str | None             # commit, with '-dirty' where the files differed from it
     config: dict                # {} in modded-nanogpt's logs
@@ -79,6 +81,24 @@ def read_summary(text: str) -> dict:
     return summary
 
 
+def source_name(sha256: str) -> str:
+    """Returns the name of the file that keeps a source; no .py, which ruff and pytest collect, nor .txt, as of logs."""
+    return f"source_{sha256[:12]}.py.kept"
+
+
+def kept_source(log: Path, sha256: str) -> str | None:
+    """Returns the source of that sha256 from the log's folder or the one above, where it is kept there."""
+    for folder in (log.parent, log.parent.parent):
+        path = folder / source_name(sha256)
+        if path.exists():
+            source = path.read_text(encoding="utf-8")
+            if hashlib.sha256(source.encode()).hexdigest() != sha256:
+                raise LogError(f"{path}: is not the source that ran (its sha256 is not {sha256}); restore it, by git "
+                               f"checkout {path}")
+            return source
+    return None
+
+
 def read_log(path: Path) -> Run:
     """Reads a log file, or the log.txt of a run folder; raises LogError where it is no log, or damaged."""
     path = path / "log.txt" if path.is_dir() else path
@@ -108,10 +128,12 @@ def read_log(path: Path) -> Run:
         if divider and hashes and hashlib.sha256(source.encode()).hexdigest() != hashes.split(THEN)[0]:
             raise LogError(f"{path}: the source in it is not the one that ran (its sha256 is not {hashes}); give the "
                            "log as the run wrote it")
+        if not divider:
+            source = kept_source(path, hashes.split(THEN)[0]) if hashes else None
         hardware = fact(r"^hardware: (.*)$", text)
         processes = re.match(r"\d+", hardware or "")
         return Run(
-            path, "train_gpt.py", source if divider else None, hashes, fact(r"^source: sha256 \w+, git (\S+)$", text),
+            path, "train_gpt.py", source, hashes, fact(r"^source: sha256 \w+, git (\S+)$", text),
             config, fact(r"^versions: (.*)$", text), fact(r"^versions: .*?\btorch ([^,]+)", text), hardware,
             int(processes[0]) if processes else None, fact(r"^data sha256: train (\w+)", text),
             fact(r"^data sha256: .*\bval (\w+)$", text), num_steps, "\nresumed: " in text, losses, summary)
