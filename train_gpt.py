@@ -6,7 +6,7 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py small
     python train_gpt.py --resume logs/RUN           # go on from the checkpoint of a run
 
-Result on tiny, 2 CPU cores: 1.2732 nats a byte (1.2647 to 1.2794, n = 3; target 1.30). small has not run yet.
+Result on tiny, 2 CPU cores: 1.2733 nats a byte (1.2647 to 1.2794, n = 3; target 1.30). small has not run yet.
 Sections: 1 Config and tracks | 2 processes, log and clock | 3 data | 4 model | 5 optimizers and the parameter table |
 6 schedules | 7 evaluation | 8 checkpoints | 9 main: set-up, priming, loop, summary.
 

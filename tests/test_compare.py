@@ -16,7 +16,6 @@ import pytest
 from conftest import ROOT
 from scipy import stats
 
-sys.path.append(str(ROOT / "records"))     # whose scripts import each other by name
 compare, logs = importlib.import_module("compare"), importlib.import_module("logs")
 
 CONFIG = dict(track="tiny", train_files="data/train_*.bin", val_tokens=2048, target=3.28, batch_tokens=[512], lr=0.002,

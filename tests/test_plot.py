@@ -22,7 +22,6 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-sys.path.append(str(ROOT / "records"))     # whose scripts import each other by name
 plot, logs = importlib.import_module("plot"), importlib.import_module("logs")
 plt = plot.plt
 RECORDS = ROOT / "records" / "tiny"
