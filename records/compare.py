@@ -3,7 +3,7 @@
 
     python records/compare.py logs/base_* vs logs/tweak_* --metric final_loss     # run folders, or logs
     python records/compare.py runs/base vs runs/tweak --metric time_to_target     # all runs in two folders
-    python records/compare.py bench/OUT              # an A/B folder: its plan.json names runs, metric and alpha
+    python records/compare.py logs/ab                # a folder of bench/ab.py: its plan.json names the rest
 
 Metrics; name one before the first run starts, since the better of several is faster by chance more often:
     time_to_target  seconds of training, of sides whose mean final validation loss is at or below the target
@@ -12,6 +12,7 @@ Metrics; name one before the first run starts, since the better of several is fa
 
 Two-sided Welch's t-test. Where each side has a run in the same blocks (folders such as 03_A_seed4 and 03_B_seed4, run
 one after the other), times are compared by their ratio within the blocks, which a drifting machine does not touch.
+Of a folder with several candidates, B, C and so on, each is compared with A, at its share of alpha.
 Spread is the standard deviation. A 'void' line makes the verdict 'not decided'; a 'warning' does not.
 'needed' is planning: run that many and test once. Testing after each run finds differences that are not there.
 """
@@ -54,6 +55,7 @@ class Result:
     """What compare() found; None where there are too few runs for it, or a side misses the target."""
     metric: str
     alpha: float
+    candidate: str              # letter of the side that is called B here
     a: Side
     b: Side
     change: str                 # what B has that A has not
@@ -116,10 +118,16 @@ def names(items: list) -> str:
     return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
 
 
+def block_and_side(name: str) -> tuple[str | None, str | None]:
+    """Returns the number of the block and the letter of the side of a run folder such as 03_A_seed4, or None, None."""
+    match = re.fullmatch(r"(\d+)_([A-Z])_.*", name)
+    return match.groups() if match else (None, None)
+
+
 def block_of(run: Run) -> tuple[Path, str] | None:
-    """Returns the A/B folder and the number of the block, where the name of the run's folder is such as 03_A_seed4."""
-    number = re.fullmatch(r"(\d+)_[AB]_.*", run.folder.name) if run.path.name == "log.txt" else None
-    return (run.folder.parent, number[1]) if number else None
+    """Returns the A/B folder and the number of the block, where the run lies in such a folder."""
+    number = block_and_side(run.folder.name)[0] if run.path.name == "log.txt" else None
+    return (run.folder.parent, number) if number else None
 
 
 def setting(run: Run) -> dict:
@@ -136,13 +144,18 @@ def changed(settings: list[dict]) -> str:
 
 
 def read_plan(folder: Path) -> dict | None:
-    """Returns {metric, alpha, runs: names of the planned run folders} of the folder's plan.json, where there is one."""
+    """Returns what the folder's plan.json holds, where there is one.
+
+    {metric, alpha: of one comparison, runs: names of the planned run folders, looks: numbers of blocks after which the
+    plan may end early}
+    """
     path = folder / "plan.json"
     if not path.exists():
         return None
     try:
         plan = json.loads(path.read_text(encoding="utf-8"))
-        return dict(metric=str(plan["metric"]), alpha=float(plan["alpha"]), runs=[str(run) for run in plan["runs"]])
+        return dict(metric=str(plan["metric"]), alpha=float(plan.get("alpha_each", plan["alpha"])),
+                    runs=[str(run) for run in plan["runs"]], looks=[int(look) for look in plan.get("looks", [])])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LogError(f"{path} is damaged ({error!r}): it must hold metric, alpha and runs, the names of the planned "
                        "run folders") from None
@@ -156,8 +169,17 @@ def check_left_out(runs: list[Run], metric: str, alpha: float) -> tuple[list[str
         plan = read_plan(folder)
         if plan is None:
             continue
+        given |= {(folder / name / "log.txt").resolve() for name in plan["runs"]}     # other sides are not 'others'
         present = {run.folder.name for run in runs if run.folder.parent == folder}
-        if missing := [name for name in plan["runs"] if name not in present]:
+        sides = {block_and_side(name)[1] for name in present}
+        planned = [name for name in plan["runs"] if block_and_side(name)[1] in {*sides, None}]
+        missing = [name for name in planned if name not in present]
+        blocks = list(dict.fromkeys(block_and_side(name)[0] for name in planned))
+        look = next((look for look in plan["looks"] if missing == [
+            name for name in planned if block_and_side(name)[0] in blocks[look:]]), None)
+        if look and missing and not any((folder / name / "log.txt").exists() for name in missing):
+            warnings.append(f"ended early: after {look} of {len(blocks)} blocks, a look in {folder / 'plan.json'}")
+        elif missing:
             voids.append(f"runs left out: {folder / 'plan.json'} has {names(missing)}, not here")
         for what, value in (("metric", metric), ("alpha", alpha)):
             if plan[what] != value:
@@ -179,9 +201,9 @@ def check_left_out(runs: list[Run], metric: str, alpha: float) -> tuple[list[str
 
 
 def check(sides: dict[str, list[Run]], metric: str, alpha: float) -> tuple[list[str], list[str]]:
-    """Returns (voids, warnings) about the runs of the sides A and B, finished or not."""
+    """Returns (voids, warnings) about the runs of the two sides, finished or not."""
     voids, warnings, unknown = [], [], []
-    runs = sides["A"] + sides["B"]
+    runs = [run for side in sides.values() for run in side]
 
     facts = {
         "trainer": lambda run: run.kind, "hardware": lambda run: run.hardware, "torch": lambda run: run.torch,
@@ -194,7 +216,7 @@ def check(sides: dict[str, list[Run]], metric: str, alpha: float) -> tuple[list[
         facts["target"] = lambda run: run.config.get("target", MODDED_TARGET)
     for what, value in facts.items():
         values = {side: sorted({str(value(run)) for run in sides[side]} - {"None"}) for side in sides}
-        if len({*values["A"], *values["B"]}) > 1:
+        if len(set().union(*values.values())) > 1:
             voids.append(f"different {what}: " + "; ".join(f"{side} {', '.join(values[side])}" for side in sides))
         if any(value(run) is None for run in runs):
             unknown.append(what)
@@ -217,11 +239,16 @@ def check(sides: dict[str, list[Run]], metric: str, alpha: float) -> tuple[list[
             voids.append(f"resumed on other ground: {run.name} has {' | '.join(t for t in mixed if t and THEN in t)}")
     blocks = {}
     for run in runs:
-        blocks.setdefault(block_of(run), set()).add(f"{run.hardware}; {run.versions}")
-    for block, machines in blocks.items():
-        if block and len(machines) > 1 and metric != "final_loss":
-            voids.append(f"blocks that span machines: {block[1]} has {' | '.join(sorted(machines))}")
+        blocks.setdefault(block_of(run), []).append(run)
+    for block, members in blocks.items():
+        kinds, hosts = {f"{run.hardware}; {run.versions}" for run in members}, {run.host for run in members} - {None}
+        for machines in (kinds, hosts):
+            if block and len(machines) > 1 and metric != "final_loss":
+                voids.append(f"blocks that span machines: {block[1]} has {' | '.join(sorted(machines))}")
 
+    hosts = {run.host for run in runs} - {None}     # older logs do not name it
+    if len(hosts) > 1 and metric != "final_loss":
+        warnings.append(f"hosts differ: {' | '.join(sorted(hosts))}; nodes of one kind can differ in speed")
     versions = {run.versions for run in runs} - {None}
     if len(versions) > 1:
         warnings.append(f"versions differ: {' | '.join(sorted(versions))}")
@@ -259,8 +286,11 @@ def modded_rules(sides: dict[str, Side], track: int | None) -> list[str]:
 
 # The comparison.
 
-def compare(a: list[Run], b: list[Run], metric: str, alpha: float = 0.05, modded_track: int | None = None) -> Result:
+def compare(a: list[Run], b: list[Run], metric: str, alpha: float = 0.05, modded_track: int | None = None,
+            candidate: str = "B") -> Result:
     """Compares the runs of the baseline, a, with those of the candidate, b, by the one metric.
+
+    `candidate` is the letter by which the result calls b.
 
     Raises LogError where a side has no finished run, or where what is asked does not fit the logs.
     """
@@ -274,7 +304,7 @@ def compare(a: list[Run], b: list[Run], metric: str, alpha: float = 0.05, modded
                        "leave it out")
     if modded and metric == "time_to_target" and not modded_track:
         raise LogError(f"{modded[0].path}: modded-nanogpt's log names no target; give --modded_track 1 or 3, for 3.28")
-    runs, sides = dict(A=a, B=b), {}
+    runs, sides = {"A": a, candidate: b}, {}
     for name in runs:
         finished = [run for run in runs[name] if run.finished]
         if not finished:
@@ -298,7 +328,8 @@ def compare(a: list[Run], b: list[Run], metric: str, alpha: float = 0.05, modded
         samples = [side.losses for side in sides.values()]
         times = [fmean(side.seconds) for side in sides.values()]
         if metric == "loss_at_time" and abs(times[1] / times[0] - 1) > EQUAL_TIME:
-            voids.append(f"not equal times: A {times[0]:.2f} s, B {times[1]:.2f} s, more than {EQUAL_TIME:.0%} apart")
+            voids.append(f"not equal times: A {times[0]:.2f} s, {candidate} {times[1]:.2f} s, more than "
+                         f"{EQUAL_TIME:.0%} apart")
 
     difference = low = high = p = None
     if reason:
@@ -324,12 +355,14 @@ def compare(a: list[Run], b: list[Run], metric: str, alpha: float = 0.05, modded
         decision = "faster" if difference < 0 else "slower"
         if metric == "time_to_target":
             relative = difference if blocked else difference / fmean(sides["A"].seconds)
-            reason = f"B takes {abs(relative):.1%} {'less' if difference < 0 else 'more'} time than A, p = {p:.2g}"
+            reason = f"{candidate} takes {abs(relative):.1%} {'less' if difference < 0 else 'more'} time than A"
         else:
-            reason = (f"B's loss is {abs(difference):.4f} {'lower' if difference < 0 else 'higher'} than A's at equal "
-                      f"{'steps' if metric == 'final_loss' else 'time'}, p = {p:.2g}")
+            reason = (f"{candidate}'s loss is {abs(difference):.4f} {'lower' if difference < 0 else 'higher'} than "
+                      f"A's at equal {'steps' if metric == 'final_loss' else 'time'}")
+        reason += f", p = {p:.2g}"
     return Result(
-        metric=metric, alpha=alpha, a=sides["A"], b=sides["B"], difference=difference, low=low, high=high, p=p,
+        metric=metric, alpha=alpha, candidate=candidate, a=sides["A"], b=sides[candidate], difference=difference,
+        low=low, high=high, p=p,
         change=changed([setting(a[0]), setting(b[0])]) or "none: both sides are one configuration",
         blocks=len(blocked) if blocked else None, needed=needed,
         rules=modded_rules(sides, modded_track) if len(modded) == len(a + b) else [],
@@ -372,7 +405,7 @@ def report(result: Result) -> str:
     """Returns the result as the text that is printed."""
     lines = [f"metric: {result.metric}, alpha {result.alpha:g}", f"change: {result.change}",
              f"{'':12}{'runs':>5}{'mean':>12}{'spread':>10}{'min':>12}{'max':>12}"]
-    for name, side in (("A", result.a), ("B", result.b)):
+    for name, side in (("A", result.a), (result.candidate, result.b)):
         for what, values, digits in (("loss", side.losses, 4), ("seconds", side.seconds, 2)):
             spread = f"{stdev(values):.{digits}f}" if len(values) > 1 else "-"
             lines.append(f"{name + ' ' + what:12}{len(values):5}{fmean(values):12.{digits}f}{spread:>10}"
@@ -383,7 +416,7 @@ def report(result: Result) -> str:
             style, unit = ("+.2%", "") if result.blocks else ("+.2f", " s")
         interval = "" if result.low is None else (
             f" ({100 * (1 - result.alpha):.4g}% confidence interval {result.low:{style}} to {result.high:{style}})")
-        lines.append(f"difference, B - A: {result.difference:{style}}{unit}{interval}")
+        lines.append(f"difference, {result.candidate} - A: {result.difference:{style}}{unit}{interval}")
     if result.p is not None:
         test = f"t-test of the ratios in {result.blocks} blocks" if result.blocks else "Welch's t-test"
         lines.append(f"p: {result.p:.2g} ({test}, two-sided)")
@@ -403,6 +436,15 @@ def read_runs(paths: list[str]) -> list[Run]:
     return [read_log(path) for path in logs]
 
 
+def read_sides(folder: Path, plan: dict) -> dict[str, list[Run]]:
+    """Reads the runs of an A/B folder: {letter of a side in the plan, A first: its runs}."""
+    sides = {side: [] for side in sorted({"A", "B", *(block_and_side(name)[1] for name in plan["runs"])} - {None})}
+    for log in sorted(folder.glob("*/log.txt")):
+        if (side := block_and_side(log.parent.name)[1]) in sides:
+            sides[side].append(read_log(log))
+    return sides
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="%(prog)s A... vs B... --metric METRIC [options], or %(prog)s A/B-FOLDER")
@@ -415,26 +457,33 @@ def main():
     try:
         if "vs" in args.paths:
             middle = args.paths.index("vs")
-            plan, sides = {}, [read_runs(args.paths[:middle]), read_runs(args.paths[middle + 1:])]
-            if not all(sides):
+            plan, sides = {}, dict(A=read_runs(args.paths[:middle]), B=read_runs(args.paths[middle + 1:]))
+            if not all(sides.values()):
                 parser.error("vs: name runs on both sides of it")
         else:
             plan = read_plan(Path(args.paths[0])) if len(args.paths) == 1 else None
             if plan is None:
                 parser.error(f"{' '.join(args.paths)}: no 'vs', and not one folder with a plan.json; give A... vs B...")
-            logs = sorted(Path(args.paths[0]).glob("*/log.txt"))
-            sides = [[read_log(log) for log in logs if re.match(rf"\d+_{side}_", log.parent.name)] for side in "AB"]
+            sides = read_sides(Path(args.paths[0]), plan)
         metric = args.metric or plan.get("metric")
         if not metric:
             parser.error(f"--metric: name the one that decides, {', '.join(METRICS)}")
         alpha = plan.get("alpha", 0.05) if args.alpha is None else args.alpha
-        result = compare(*sides, metric, alpha, args.modded_track)
     except LogError as error:
         sys.exit(f"compare.py: {error}")
-    if args.json:
-        print(json.dumps({**dataclasses.asdict(result), "verdict": result.verdict}, indent=1))
-    else:
-        print(report(result))
+    results, errors = [], []
+    for candidate, runs in list(sides.items())[1:]:
+        try:
+            results.append(compare(sides["A"], runs, metric, alpha, args.modded_track, candidate))
+        except LogError as error:     # such as no finished run, which the other candidates may have
+            errors.append(f"compare.py: {error}")
+    if args.json and results:
+        found = [{**dataclasses.asdict(result), "verdict": result.verdict} for result in results]
+        print(json.dumps(found if len(sides) > 2 else found[0], indent=1))
+    elif results:
+        print("\n\n".join(map(report, results)))
+    if errors:
+        sys.exit("\n".join(errors))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ class Run:
     versions: str | None        # python, torch, cuda and platform
     torch: str | None
     hardware: str | None
+    host: str | None            # name of the machine, of rank 0
     world_size: int | None      # processes
     train_sha256: str | None
     val_sha256: str | None
@@ -135,8 +136,9 @@ def read_log(path: Path) -> Run:
         return Run(
             path, "train_gpt.py", source, hashes, fact(r"^source: sha256 \w+, git (\S+)$", text),
             config, fact(r"^versions: (.*)$", text), fact(r"^versions: .*?\btorch ([^,]+)", text), hardware,
-            int(processes[0]) if processes else None, fact(r"^data sha256: train (\w+)", text),
-            fact(r"^data sha256: .*\bval (\w+)$", text), num_steps, "\nresumed: " in text, losses, summary)
+            fact(r"^host: (.*)$", text), int(processes[0]) if processes else None,
+            fact(r"^data sha256: train (\w+)", text), fact(r"^data sha256: .*\bval (\w+)$", text), num_steps,
+            "\nresumed: " in text, losses, summary)
 
     source, divider, body = text.partition(DIVIDER)
     if not losses["val"] or not divider:
@@ -147,5 +149,5 @@ def read_log(path: Path) -> Run:
     return Run(
         path, "modded-nanogpt", source, hashlib.sha256(source.encode()).hexdigest(), None, {},
         fact(r"(?i)^Running (pytorch .*)$", body), fact(r"(?i)^Running pytorch (\S+)", body), hardware,
-        int(named[2]) if named else None, None, None,
+        None, int(named[2]) if named else None, None, None,
         num_steps, False, losses, {})

@@ -23,7 +23,7 @@ CONFIG = dict(track="tiny", train_files="data/train_*.bin", val_tokens=2048, tar
 
 
 def log_text(loss=3.27, seconds=100.0, *, source="print('model')\n", hardware="8 x NVIDIA H100", torch="2.13.0+cu128",
-             platform="Linux-6.18", train="aa", val="bb", git="c0ffee", steps=None, **config) -> str:
+             platform="Linux-6.18", train="aa", val="bb", git="c0ffee", host="n1", steps=None, **config) -> str:
     """Returns a log such as train_gpt.py writes; with `steps`, of a run that was killed after that many."""
     config = {**CONFIG, **config}
     last, text = steps or config["num_steps"], source + "=" * 100 + f"""
@@ -32,6 +32,7 @@ config: {json.dumps(config)}
 source: sha256 {hashlib.sha256(source.encode()).hexdigest()}, git {git}
 versions: python 3.11.7, torch {torch}, cuda 12.8, {platform}
 hardware: {hardware}
+{f"host: {host}" if host else "kernels: of a log before hosts were named"}
 data: 1,000 training tokens in 1 of 1 shards (0 at their ends left out); the run takes 500, or 0.50 epochs
 data sha256: train {train}, val {val}
 """
@@ -96,6 +97,7 @@ def test_resumed_log(tmp_path):
     assert run.resumed and run.config["resume"] == "x"
     assert run.final == (100.0, 3.27) and run.losses["train"][12] == (60.0, 6.0)
     assert run.hardware == "8 x NVIDIA H100 then 8 x NVIDIA A100" and run.torch == "2.13.0+cu128"
+    assert run.host == "n1"
     voids = compare.compare([run], [run], "final_loss").voids
     assert [text.split(": ")[0] for text in voids] == ["a run given twice", *["resumed on other ground"] * 2]
 
@@ -332,6 +334,25 @@ def test_warnings_that_do_not_void(tmp_path):
     assert result.warnings[-1].endswith("not counted: unlucky")
 
 
+def test_hosts(tmp_path):
+    """Within a block they must be one, where times count; sides on two nodes call for a warning; old logs name none."""
+    def sides(where, *hosts):
+        return [[logs.read_log(write(tmp_path / where / f"{i:02}_{side}_x", 3.27, 100 + i, seed=i, host=host[i]))
+                 for i in range(2)] for side, host in zip("AB", hosts, strict=True)]
+    for metric, words in (("time_to_target", ["blocks that span machines: 01 has n1 | n2"]), ("final_loss", [])):
+        result = compare.compare(*sides(f"blocks_{metric}", ("n1", "n1"), ("n1", "n2")), metric)
+        assert result.voids == words
+    for name, a, b, words in (
+            ("moved", ("n1", "n2"), ("n1", "n2"), ["hosts differ: n1 | n2; nodes of one kind can differ in speed"]),
+            ("old", (None, "n1"), ("n1", None), []), ("one", ("n1", "n1"), ("n1", "n1"), [])):
+        result = compare.compare(*sides(name, a, b), "time_to_target")
+        assert (result.voids, result.warnings) == ([], words)
+    a, b = ([logs.read_log(write(tmp_path / host / str(i), 3.27, 100 + i, seed=i, host=host)) for i in range(2)]
+            for host in ("n1", "n2"))
+    result = compare.compare(a, b, "loss_at_time")
+    assert result.voids == [] and [text.split(":")[0] for text in result.warnings] == ["hosts differ"]
+
+
 def run_script(script: str, *arguments) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(ROOT / "records" / script), *map(str, arguments)], capture_output=True,
                           text=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -375,6 +396,41 @@ def test_command_line(tmp_path, monkeypatch, capsys):
             ([*first[:2], tmp_path / "none", "--metric", "final_loss"], "none does not exist"),
             ([*first, "--metric", "final_loss", "--alpha", "5"], "alpha 5.0: must lie between")):
         assert words in main(*arguments)
+
+
+def test_several_candidates_and_looks(tmp_path, monkeypatch, capsys):
+    """A folder with the sides A, B and C, of 4 blocks the plan having a look at 2: alpha is the plan's."""
+    def add(block):
+        for side, lr, seconds in (("A", 0.002, 100), ("B", 0.003, 95), ("C", 0.004, 105)):
+            write(tmp_path / f"{block:02}_{side}_seed{block}", 3.27 + block / 1e3, seconds + block, seed=block, lr=lr)
+
+    def main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, arguments)])
+        compare.main()
+        return capsys.readouterr().out
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(dict(metric="time_to_target", alpha=0.05, alpha_each=0.0125, looks=[2], runs=[
+        f"{block:02}_{side}_seed{block}" for block in range(4) for side in "ABC"])))
+    add(0)
+    assert main(tmp_path).count("\nvoid: runs left out") == 2
+    add(1)
+    printed = main(tmp_path)
+    assert re.findall("^metric: .*", printed, re.M) == ["metric: time_to_target, alpha 0.0125"] * 2
+    assert re.findall("^difference, (.) - A: ([+-]).* .98.75% conf", printed, re.M) == [("B", "-"), ("C", "+")]
+    assert printed.count(f"warning: ended early: after 2 of 4 blocks, a look in {plan}\n") == 2
+    verdicts = re.findall("^verdict: .*", printed, re.M)
+    assert verdicts[0].startswith("verdict: faster (B takes 5") and verdicts[1].startswith("verdict: slower (C takes 5")
+    # one candidate alone, at the plan's alpha and at another
+    alone = [*tmp_path.glob("*_A_*"), "vs", *tmp_path.glob("*_C_*"), "--metric", "time_to_target", "--alpha"]
+    assert "verdict: slower (B takes 5" in main(*alone, 0.0125)
+    assert f"void: alpha chosen after looking: 0.05, where {plan} has 0.0125" in main(*alone, 0.05)
+    # a third block is no look, nor are two of three
+    add(2)
+    assert main(tmp_path).count("\nvoid: runs left out") == 2
+    two = [path for path in alone if "02_" not in str(path)]
+    assert "void: runs left out" in main(*two, 0.0125)
+    add(3)
+    assert "void" not in main(tmp_path) and "ended early" not in main(tmp_path)
 
 
 def test_damaged_logs(tmp_path):
