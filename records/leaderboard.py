@@ -237,13 +237,13 @@ def comparison(root: Path, here: Path, record: str) -> list[str]:
             sides.setdefault(side[1], []).append(run)
     for side in sorted(sides.keys() - {"A"}):
         try:
-            result = compare(sides.get("A", []), sides[side], plan["metric"], plan["alpha"])
+            result = compare(sides.get("A", []), sides[side], plan["metric"], plan["alpha"], candidate=side)
         except LogError as error:
             rows.append([side, "-", "-", "-", f"not decided ({error})"])
             continue
         p = "-" if result.p is None else f"{result.p:.2g}"
         rows.append([side, result.change.replace('"', ""), f"{len(result.a.runs)} and {len(result.b.runs)}", p,
-                     re.sub(r"\bB\b", side, result.verdict)])     # compare() calls any candidate B
+                     result.verdict])
     return [f"By {plan['metric']}, alpha {plan['alpha']:g}, both named before the first run. The baseline is A.", "",
             *table(["candidate", "change from A", "runs of A and of it", "p", "verdict"], rows)]
 
