@@ -111,9 +111,9 @@ def keep(name: str, paths: list[Path], root: Path = ROOT) -> Path:
         for extra in ("plan.json", "runs.jsonl"):
             if folder and (folder / extra).exists():
                 shutil.copy(folder / extra, made)
-        drawn = [one.runs[0] for one in settings_of(made) if one.runs[0].losses["train"]]
+        drawn = [run for one in settings_of(made) for run in one.runs if run.losses["train"]]
         if drawn:
-            plot.draw(drawn, made / "loss.png")
+            plot.draw(plot.group_runs(drawn, []), made / "loss.png")
         before = best and best.record.relative_to(root / "records").as_posix()
         (made / "README.md").write_text(readme(name, record, runs, bool(folder), best and best.runs[0], before,
                                                bool(drawn)), encoding="utf-8")
