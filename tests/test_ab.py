@@ -411,7 +411,7 @@ def test_busy_seconds_hold_those_of_a_run():
     busy, own = ab.busy_seconds(), ab.own_seconds()
     subprocess.run([sys.executable, "-S", "-c", "import time\nwhile time.process_time() < 0.4: pass"], check=True)
     busy, own = ab.busy_seconds() - busy, ab.own_seconds() - own
-    assert own >= 0.4 and busy >= own - 0.1     # ticks of 10 ms; what others did comes on top
+    assert own >= 0.39 and busy >= own - 0.1     # ticks of 10 ms; what others did comes on top
 
 
 def test_the_trainer(text, start, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from statistics import fmean, stdev
 
+import compare
 import keep
 import leaderboard
 import logs
@@ -123,8 +124,13 @@ def test_what_takes_a_place(tmp_path, change):
 
 
 def prose(path: Path) -> str:
-    """Returns a file's text without generated tables, which are checked, and without published figures."""
-    return leaderboard.TABLE.sub("", path.read_text())
+    """Returns a file's text without generated tables and the README's session, which are checked, and without
+    published figures."""
+    return leaderboard.TABLE.sub("", path.read_text().replace(session(), ""))
+
+
+def session() -> str:
+    return re.search(r"```\n(plan: .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
 
 
 PLACES = [ROOT / "README.md", *sorted((ROOT / "records").glob("**/README.md"))]
@@ -143,6 +149,20 @@ def test_the_sample_output_in_the_readme_is_of_the_log():
     block = re.search(r"```\n(kernels: .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     log = (ROOT / "records" / "tiny" / "2026-11-22_run_sh" / "log.txt").read_text().splitlines()
     assert set(block.splitlines()) - {"..."} <= set(log)
+
+
+def test_the_session_in_the_readme_is_of_the_logs():
+    """Its lines of runs, and what compare.py says of them."""
+    record = ROOT / "records" / "tiny" / "2026-11-23_tweak_session"
+    runs = {run.name: run for run in map(logs.read_log, record.glob("*/log.txt"))}
+    lines = re.findall(r"^(\d\d_[AB]_seed\d)  loss (\S+)  (\S+) s(?:  B/A (\S+))?$", session(), re.M)
+    assert [line[0] for line in lines] == leaderboard.read_plan(record)["runs"]
+    for name, loss, seconds, ratio in lines:
+        assert (f"{runs[name].final[1]:.4f}", f"{runs[name].final[0]:.2f}") == (loss, seconds)
+        block = [runs[f"{name[:2]}_{side}_{name[5:]}"].final[0] for side in "AB"]
+        assert ratio in ("", f"{block[1] / block[0]:.3f}")
+    sides = [[runs[name] for name in sorted(runs) if name[3] == side] for side in "AB"]
+    assert compare.report(compare.compare(*sides, "final_loss")) in session()
 
 
 def test_the_result_in_the_trainers_docstring():
@@ -366,5 +386,5 @@ def test_every_source_of_a_record_runs_under_this_torch(log, again, text):
     length = config["seq_len"]
     status, out = again(log, "--run", "--yes", "--nproc", 1, "--", "--num_steps", 3, "--val_every", 0, *text,
                         "--vocab_size", 257, "--val_tokens", 1499 // length * length, "--batch_tokens", 4 * length)
-    assert status == 0 and "num_steps 1000 -> 3" in out
+    assert status == 0 and f"num_steps {config['num_steps']} -> 3" in out
     assert float(re.search(r"^val_loss: (\S+)$", out, re.MULTILINE)[1]) < math.log(257) + 0.5
