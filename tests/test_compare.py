@@ -230,6 +230,21 @@ def test_a_configuration_against_itself(runs):
     assert 0.01 < np.mean(decided) < 0.1
 
 
+def test_real_runs_of_a_configuration_against_themselves():
+    """The same with 20 real runs of 60 steps, which differ in the seed alone."""
+    random = np.random.default_rng(1)
+    pool = compare.read_runs([str(ROOT / "records/tiny/2026-11-23_one_configuration")])
+    assert sorted(run.config["seed"] for run in pool) == list(range(20)) and all(run.finished for run in pool)
+    decided = []
+    for _ in range(40):
+        order = random.permutation(20)
+        a, b = ([pool[i] for i in half] for half in (order[:10], order[10:]))
+        result = compare.compare(a, b, "final_loss")
+        assert not result.voids
+        decided.append(result.decision != "not decided")
+    assert sum(decided) <= 5
+
+
 def test_times_are_compared_within_blocks(tmp_path):
     """A machine that drifts by half hides 2% from the sides' means, not from the ratios; p as by flipping signs."""
     random = np.random.default_rng(3)
