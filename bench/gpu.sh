@@ -14,7 +14,7 @@ export TIKTOKEN_CACHE_DIR=${TIKTOKEN_CACHE_DIR:-.tiktoken}
 mkdir -p "$out"
 
 tests() {
-    "$python" -m pytest -m cuda -v -p no:cacheprovider 2>&1 | tee "$out/cuda_tests.txt"
+    "$python" -m pytest tests/test_cuda.py -v -p no:cacheprovider 2>&1 | tee "$out/cuda_tests.txt"
 }
 
 small() {

@@ -499,7 +499,7 @@ def publish(staging: Path, out: Path) -> None:
 
 def check_splits(num_documents: tuple[int, int]) -> None:
     if not all(num_documents):
-        raise InputError(f"the input holds {sum(num_documents):,} documents, of which {num_documents[1]:,} fall to "
+        raise InputError(f"the input has {sum(num_documents):,} document(s), of which {num_documents[1]:,} fall to "
                          f"validation (one in {VAL_ONE_IN}, by their names) and {num_documents[0]:,} to training; both "
                          "splits need one: give more files, or cut them into documents, as with --separator '\\n\\n'")
 

@@ -415,7 +415,7 @@ def test_errors_name_what_is_wrong_and_the_remedy(tmp_path, both, capsys):
     for arguments, message in (
             ([text], "--out: name a folder"), (["no", "--out", out], "no: no such file or folder"),
             ([tmp_path / "empty", "--out", out], "ends in .txt .md .py .jsonl .parquet; name endings with --suffixes"),
-            ([tmp_path / "one.txt", "--out", out], "the input holds 1 documents, of which 0 fall to validation"),
+            ([tmp_path / "one.txt", "--out", out], "the input has 1 document(s), of which 0 fall to validation"),
             ([tmp_path / "one.txt", "--separator", "|", "--out", out], "both splits need one: give more files"),
             ([text, "--out", out, "--workers", "0"], "--workers 0: give 1 to"),
             ([text, "--out", out, "--shard_tokens", 2**31], "--shard_tokens 2147483648: give 1 to 2147483647"),
