@@ -46,6 +46,11 @@ def without_sources(run: Run) -> tuple[str, dict[str, str]]:
     return text + end, sources
 
 
+def without_machine(text: str, root: Path) -> str:
+    """Returns the text with paths below the repository relative to it, and the commands' interpreter as `python`."""
+    return re.sub(r'("command": ")[^" ]*/(python[\d.]* )', r"\1\2", text.replace(f"{root.resolve()}/", ""))
+
+
 def day(run: Run) -> str:
     """Returns the day on which the run started, from its run_id, else that of the file's last change (YYYY-MM-DD)."""
     stamp = re.search(r"(20\d\d)([01]\d)([0-3]\d)-\d{6}", run.config.get("run_id", ""))
@@ -103,14 +108,14 @@ def keep(name: str, paths: list[Path], root: Path = ROOT) -> Path:
             text, sources = without_sources(run)
             path = made / run.name / "log.txt" if folder else made / f"{run.name}.txt"
             path.parent.mkdir(exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            path.write_text(without_machine(text, root), encoding="utf-8")
             for sha256, source in sources.items():
                 (made / source_name(sha256)).write_text(source, encoding="utf-8")
             if folder and (run.folder / "summary.json").exists():
                 shutil.copy(run.folder / "summary.json", path.parent)
         for extra in ("plan.json", "runs.jsonl"):
             if folder and (folder / extra).exists():
-                shutil.copy(folder / extra, made)
+                (made / extra).write_text(without_machine((folder / extra).read_text("utf-8"), root), encoding="utf-8")
         drawn = [run for one in settings_of(made) for run in one.runs if run.losses["train"]]
         if drawn:
             plot.draw(plot.group_runs(drawn, []), made / "loss.png")

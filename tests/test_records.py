@@ -264,10 +264,14 @@ def test_keep_an_ab_folder(copy, tmp_path):
                                               run_id=run_id))
             (folder / names[-1] / "summary.json").write_text("{}")
             (folder / names[-1] / "checkpoint.pt").write_text("large")
-    (folder / "plan.json").write_text(json.dumps(dict(metric="final_loss", alpha=0.05, runs=names)))
+    command = f"/opt/python/bin/python3 {copy}/logs/ab/source_A/train_gpt.py tiny"
+    (folder / "plan.json").write_text(json.dumps(dict(metric="final_loss", alpha=0.05, runs=names,
+                                                      sides=dict(A=dict(command=command)))))
     (folder / "runs.jsonl").write_text("{}\n")
     record = keep.keep("ab", [folder], copy)
     assert record.name == "2026-12-01_ab"     # the day in the run_ids
+    plan = json.loads((record / "plan.json").read_text())     # without the paths of the machine
+    assert plan["sides"]["A"]["command"] == "python3 logs/ab/source_A/train_gpt.py tiny"
     files = {path.relative_to(record).as_posix() for path in record.rglob("*") if path.is_file()}
     sources = {path.name for path in record.glob("source_*.py.kept")}
     assert files - sources == {"plan.json", "runs.jsonl", "README.md", "loss.png", *(
