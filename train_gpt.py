@@ -33,6 +33,7 @@ import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate, groupby, repeat
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -86,16 +87,24 @@ class Config:
     matrix_optimizer: Literal["muon", "orthogonal_nesterov", "adamw"] = knob("muon", ..., "of the blocks' matrices")
     lr: float               = knob(0.002,    ...,       "learning rate of the lm_head")
     matrix_lr_ratio: float  = knob(0.0,      ...,       "of the matrices (0 = what belongs to optimizer and scale)")
+    mlp_proj_lr_ratio: float = knob(1.0,     ...,       "of the MLP's down-projections, to the other matrices")
     embed_lr_ratio: float   = knob(30.0,     150.0,     "of the embedding")
     update_scale: Literal["sqrt_ratio", "sqrt_max", "match_rms_adamw"] = knob("sqrt_ratio", ..., "of Muon's updates")
     momentum: float         = knob(0.95,     ...,       "of Muon")
     momentum_start: float   = knob(0.85,     ...,       "of Muon at step 0")
     momentum_warmup_steps: int = knob(200,   300,       "steps from momentum_start to momentum (0 = off)")
+    momentum_cooldown_steps: int = knob(0,   ...,       "last steps, from momentum to momentum_start (0 = off)")
+    momentum_dtype: Literal["float32", "bfloat16"] = knob("float32", ..., "in which Muon keeps its momentum")
+    nesterov: Literal["on", "off"] = knob("on", ...,    "Muon looks ahead by the gradient")
+    polynomial: Literal["quintic", "polar_express"] = knob("quintic", ..., "of Newton-Schulz")
     ns_steps: int           = knob(5,        ...,       "Newton-Schulz iterations")
+    normuon_beta2: float    = knob(0.0,      ...,       "of NorMuon's second moment (0 = off)")
     matrix_weight_decay: float = knob(0.0,   ...,       "decoupled: a step takes lr times this (0 = off)")
+    decay_kind: Literal["plain", "cautious"] = knob("plain", ..., "cautious: where update and weight agree in sign")
     betas: tuple[float, ...] = knob((0.9, 0.95), ...,   "of AdamW")
     adam_eps: float         = knob(1e-8,     ...,       "of AdamW")
     adam_weight_decay: float = knob(0.0,     ...,       "of lm_head and embedding, decoupled (0 = off)")
+    grad_clip: float        = knob(0.0,      ...,       "largest norm of the whole gradient (0 = off)")
     # Schedule
     num_steps: int          = knob(1000,     4600,      "optimizer steps")
     warmup_steps: int       = knob(0,        ...,       "steps of linear warm-up (0 = off)")
@@ -105,6 +114,7 @@ class Config:
     seed: int               = knob(0,        ...,       "of the initial weights and of the data's order")
     val_every: int          = knob(500,      125,       "steps between validations (0 = at the end only)", FREE)
     save_every: int         = knob(0,        ...,       "steps between checkpoints (0 = on a signal only)", FREE)
+    optimizer_metrics_every: int = knob(0,   ...,       "steps between lines of metrics.jsonl (0 = off)", FREE)
     resume: str             = knob("",       ...,       "checkpoint, or its run folder, to go on from ('' = off)", FREE)
     init_from: str          = knob("",       ...,       "checkpoint to take the weights alone from ('' = off)")
     log_dir: str            = knob("logs",   ...,       "folder of the run folders", FREE)
@@ -128,7 +138,7 @@ class Config:
             for number in value if isinstance(value, tuple) else (value,):
                 check(isinstance(number, str) or 0 <= number < math.inf, name, "must be a finite number, not negative")
         for name in ("vocab_size", "val_tokens", "seq_len", "num_layers", "num_heads", "head_dim", "mlp_ratio", "lr",
-                     "num_steps", "rope_base", "attention_scale", "logit_softcap", "collective_timeout"):
+                     "num_steps", "ns_steps", "rope_base", "attention_scale", "logit_softcap", "collective_timeout"):
             check(getattr(self, name) > 0, name, "must be above 0")
         check(self.vocab_size <= 2**16, "vocab_size", "shards hold uint16: at most 65536")
         check(self.head_dim % 2 == 0, "head_dim", "rotary positions turn pairs of channels: give an even number")
@@ -137,7 +147,8 @@ class Config:
             check(all(n and n % self.seq_len == 0 for n in (value if isinstance(value, tuple) else [value])), name,
                   f"must be a positive multiple of --seq_len {self.seq_len}")
         check(len(self.betas) == 2 and max(self.betas) < 1, "betas", "must be two numbers below 1, such as 0.9,0.95")
-        limits = dict(momentum=1, momentum_start=1, final_lr_frac=1, warmup_steps=self.num_steps, seed=2**32)
+        limits = dict(momentum=1, momentum_start=1, normuon_beta2=1, final_lr_frac=1, warmup_steps=self.num_steps,
+                      seed=2**32)
         for name, limit in limits.items():
             check(getattr(self, name) <= limit, name, f"must be at most {limit}")
         check(re.fullmatch(r"[\w.-]*", self.run_id), "run_id", "names a folder: letters, digits, '.', '_' and '-' only")
@@ -525,19 +536,36 @@ class GPT(nn.Module):
         self.loss = torch.compile(self.loss, dynamic=False)
 
 # ======== 5. Optimizers and the parameter table. ======================================================================
-def orthogonalize(G: torch.Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> torch.Tensor:
+POLYNOMIALS = {     # a factor of |G|_F, and (a, b, c) of each step, s <- a s + b s^3 + c s^5; the last repeats
+    "quintic": (1.0, [(3.4445, -4.7750, 2.0315)]),     # Jordan et al. 2024: steep at 0, ends within about [0.7, 1.2]
+    "polar_express": (1.02, [(8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061),
+                             (3.2858, -2.3681, 0.4645), (2.3465, -1.7098, 0.4232)]),     # Amsel et al. 2025, 2505.16932
+}
+
+def orthogonalize(G: torch.Tensor, steps: int = 5, dtype: torch.dtype | None = None, polynomial: str = "quintic",
+                  gram: bool | None = None) -> torch.Tensor:
     """Returns about U V^T of each matrix U S V^T in a batch G (k, m, n), m <= n, by Newton-Schulz in `dtype`.
 
-    X <- a X + b (X X^T) X + c (X X^T)^2 X from X = G / |G|_F, with the coefficients of Jordan et al. 2024: steep at 0,
-    so that 5 steps bring most singular values near 1, to within about [0.7, 1.2], but not to 1. Values below about
-    0.003 |G|_F are not there yet after 5 steps; a zero matrix stays zero.
+    X <- a X + b (X X^T) X + c (X X^T)^2 X from X = G / |G|_F. Five steps do not lift singular values below about
+    0.003 |G|_F to 1; a zero matrix stays zero. With `gram` (None: for n >= 2 m in float32 and float64) the steps run on
+    R = X X^T (k, m, m), and X is multiplied once, at the end: half of the operations for n = 4 m (Zhang et al. 2026,
+    Gram Newton-Schulz). In half precision that would need restarts.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    X = (G / (G.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype or G.dtype)
-    for _ in range(steps):
-        A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
-    return X
+    factor, coefficients = POLYNOMIALS[polynomial]
+    coefficients = [coefficients[min(i, len(coefficients) - 1)] for i in range(steps)]
+    X = (G / (factor * G.norm(dim=(-2, -1), keepdim=True)).clamp_min(1e-20)).to(dtype or G.dtype)
+    if not (X.size(-1) >= 2 * X.size(-2) and X.dtype.itemsize >= 4 if gram is None else gram):
+        for a, b, c in coefficients:
+            A = X @ X.mT
+            X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+        return X
+    R, P, Q = X @ X.mT, None, None     # each step multiplies X by a polynomial P of R; Q is the product of all
+    for a, b, c in coefficients:
+        R = R if P is None else P @ R @ P
+        P = torch.baddbmm(R, R, R, beta=b, alpha=c)
+        P.diagonal(dim1=-2, dim2=-1).add_(a)
+        Q = P if Q is None else P @ Q
+    return Q @ X
 
 UPDATE_SCALES = {     # scale of an orthogonal m x n update, and the ratio of Muon's rate to AdamW's that belongs to it
     "sqrt_ratio":      (lambda m, n: max(1, m / n) ** 0.5,   10.0),     # Jordan et al. 2024
@@ -546,92 +574,143 @@ UPDATE_SCALES = {     # scale of an orthogonal m x n update, and the ratio of Mu
     "none":            (lambda m, n: 1.0,                    10.0),     # OrthogonalNesterov
 }
 
+def matrices(p: torch.Tensor, parts: int) -> torch.Tensor:
+    """Returns the m x n matrices of a parameter as (k, m, n): of a bank each, of a fused weight its `parts`."""
+    return p if p.ndim == 3 else p.unflatten(0, (parts, -1))
+
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised by Newton-Schulz (Jordan et al. 2024, kellerjordan.github.io/posts/muon), for matrices.
 
         v <- mu v + (1 - mu) g;   u <- orthogonalize((1 - mu) g + mu v);   W <- (1 - lr wd) W - lr scale(m, n) u
 
-    Of a parameter group, `parts` splits a fused (parts m, n) weight into m x n matrices, orthogonalised apart;
-    `accumulate` takes v <- mu v + g and then g + mu v (OrthogonalNesterov); `nesterov=False` orthogonalises v itself.
-    In a process group each parameter has an owner, which alone holds its momentum and computes its update; gradients
-    must be the same on all ranks. Not for gains, biases, embeddings or the lm_head, nor for convolution filters.
+    A parameter is a matrix, a bank (k, m, n) of them, or, by `parts` of its group, fused (parts m, n); each matrix is
+    orthogonalised apart. Gains, biases, embeddings, the lm_head and sharded tensors are refused; convolution filters
+    are the caller's to flatten. `accumulate`: v <- mu v + g, and then g + mu v (OrthogonalNesterov); `nesterov=False`
+    orthogonalises v itself. `beta2` > 0: NorMuon (Li et al. 2025, arXiv:2510.05491): u is divided by the running RMS of
+    its rows, or of its columns where they are more, and keeps its norm. `cautious`: decay acts where u and W have the
+    same sign, and with the square of the schedule: lr wd (lr / base_lr). `momentum_dtype`: of the state.
+
+    In a process group each parameter has an owner, which alone holds its state and computes its update; gradients must
+    be the same on all ranks. A batch of same-shaped matrices is gathered while the next is computed.
     """
-    def __init__(self, params, lr=0.03, momentum=0.95, nesterov=True, accumulate=False, weight_decay=0.0, ns_steps=5,
-                 update_scale="sqrt_ratio", parts=1, ns_dtype=None):
-        super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, accumulate=accumulate, parts=parts,
-                                      weight_decay=weight_decay, ns_steps=ns_steps, update_scale=update_scale))
-        self.ns_dtype, self.owners = ns_dtype, {}
+    def __init__(self, params, lr=0.03, momentum=0.95, weight_decay=0.0, parts=1, update_scale="sqrt_ratio",
+                 nesterov=True, accumulate=False, cautious=False, beta2=0.0, ns_steps=5, polynomial="quintic",
+                 ns_dtype=None, momentum_dtype=None):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, parts=parts,
+                                      update_scale=update_scale))
+        self.nesterov, self.accumulate, self.cautious, self.beta2 = nesterov, accumulate, cautious, beta2
+        self.ns_dtype, self.momentum_dtype = ns_dtype, momentum_dtype
+        self.orthogonalize = partial(orthogonalize, steps=ns_steps, polynomial=polynomial, dtype=ns_dtype)
+        self.owners, self.observed = {}, None     # observed: a dict that is given each parameter's u, for the metrics
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        costs = {}
-        for p, parts in ((p, group["parts"]) for group in self.param_groups for p in group["params"]):
-            if p.ndim != 2 or p.size(0) % parts:
-                raise ValueError(f"Muon takes matrices of {parts} equal parts, not a parameter of {tuple(p.shape)}")
-            costs[p] = p.numel() * min(p.size(0) // parts, p.size(1))
-        loads = [0] * self.world_size
+        costs, loads = {}, [0] * self.world_size
+        for group in self.param_groups:
+            group.setdefault("base_lr", group["lr"])
+            for name, p in zip(group.get("param_names", repeat("a parameter")), group["params"], strict=False):
+                parts = group["parts"]
+                uneven = parts > 1 and (p.ndim != 2 or p.size(0) % parts)
+                wrong = ("is a DTensor; give whole tensors" if hasattr(p, "placements") else
+                         "is no matrix of a hidden layer; give it to AdamW" if re.search("embed|lm_head", name) else
+                         "has no rows and columns; give it to AdamW" if p.ndim < 2 else
+                         "has more than 3 dimensions; flatten filters to (out, in h w)" if p.ndim > 3 else
+                         f"does not have {parts} equal parts" if uneven else "")
+                if wrong:
+                    raise ValueError(f"Muon: {name}, {tuple(p.shape)}, {wrong}")
+                costs[p] = p.numel() * min(matrices(p, parts).shape[1:])
         for p in sorted(costs, key=costs.get, reverse=True):     # the costliest first, each to the least loaded rank
             self.owners[p] = loads.index(min(loads))
             loads[self.owners[p]] += costs[p]
 
+    def members(self) -> list[tuple]:
+        return [(p, group) for group in self.param_groups for p in group["params"]]
+
     @torch.no_grad()
     def step(self, closure=None):
-        active = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         batches = {}     # same-shaped matrices, tall ones transposed, of all parameters together
-        for p, group in active:
-            if self.owners[p] == self.rank:
-                matrices = self.direction(p, group).unflatten(0, (group["parts"], -1))
-                tall = matrices.size(1) > matrices.size(2)
-                wide = matrices.mT if tall else matrices
-                batches.setdefault((wide.shape[1:], group["ns_steps"]), []).append((p, wide, tall))
-        updates = {}
-        for (_, ns_steps), items in batches.items():
-            result = orthogonalize(torch.cat([wide for _, wide, _ in items]), ns_steps, self.ns_dtype)
-            for (p, _, tall), u in zip(items, result.split([len(wide) for _, wide, _ in items]), strict=True):
-                updates[p] = (u.mT if tall else u).flatten(0, 1)
+        for p, group in self.members():
+            if p.grad is not None:
+                batches.setdefault(tuple(sorted(matrices(p, group["parts"]).shape[1:])), []).append((p, group))
+        under_way = [self.start(shape, batches[shape]) for shape in sorted(batches, reverse=True)]
+        for updates, gathering, _ in under_way:
+            if gathering is not None:
+                gathering.wait()
+            for p, group, u in updates:
+                W, lr, decay = matrices(p, group["parts"]), group["lr"], group["lr"] * group["weight_decay"]
+                u = u.mT if W.size(1) >= W.size(2) else u
+                if self.observed is not None:
+                    self.observed[p] = u
+                if decay:
+                    W.mul_(1 - decay * lr / group["base_lr"] * (u * W > 0) if self.cautious else 1 - decay)
+                W.add_(u, alpha=-lr * UPDATE_SCALES[group["update_scale"]][0](*W.shape[1:]))
+
+    def start(self, shape: tuple, items: list) -> tuple:
+        """Computes this rank's updates of `items` [(p, group)], whose matrices, or their transposes, all have `shape`;
+        returns [(p, group, u (k, *shape))] of all ranks, the gathering to wait for, and what must live until then."""
+        counts, places = [0] * self.world_size, []
+        for p, group in items:
+            owner, k = self.owners[p], len(matrices(p, group["parts"]))
+            places.append((owner, slice(counts[owner], counts[owner] + k)))
+            counts[owner] += k
+        mine = [(p, group) for p, group in items if self.owners[p] == self.rank]
+        U = torch.zeros(max(counts), *shape, dtype=self.ns_dtype or p.dtype, device=p.device)
+        if mine:
+            states = [self.own_state(p, group) for p, group in mine]
+            directions = map(self.direction, states, mine)
+            U[:counts[self.rank]] = self.normalize(self.orthogonalize(torch.cat(list(directions))), states)
+        gathered, gathering = U, None
         if self.world_size > 1:
-            updates = self.exchange(updates, [p for p, _ in active])
-        for p, group in active:
-            scale = UPDATE_SCALES[group["update_scale"]][0](p.size(0) // group["parts"], p.size(1))
-            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(updates[p], alpha=-group["lr"] * scale)
+            gathered = U.new_empty(self.world_size * len(U), *shape)
+            all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)     # renamed in torch 2.13
+            gathering = all_gather(gathered, U, async_op=True)
+        parts = gathered.split(len(U))
+        return [(*item, parts[owner][place]) for item, (owner, place) in zip(items, places, strict=True)], gathering, U
 
-    def momentum(self, p: torch.Tensor) -> torch.Tensor:
-        if "momentum_buffer" not in self.state[p]:
-            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        return self.state[p]["momentum_buffer"]
+    def own_state(self, p: torch.Tensor, group: dict) -> dict:
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p, dtype=self.momentum_dtype)
+            if self.beta2:
+                k, m, n = matrices(p, group["parts"]).shape
+                state["second_moment"] = p.new_zeros(k, 1, max(m, n))
+        return state
 
-    def direction(self, p: torch.Tensor, group: dict) -> torch.Tensor:
-        """Updates the momentum of p, and returns what is to be orthogonalised, of the shape of p."""
-        v, mu = self.momentum(p), group["momentum"]
-        if group["accumulate"]:
-            v.mul_(mu).add_(p.grad)
-            return p.grad.add(v, alpha=mu) if group["nesterov"] else v
-        v.lerp_(p.grad, 1 - mu)
-        return p.grad.lerp(v, mu) if group["nesterov"] else v
+    def direction(self, state: dict, item: tuple) -> torch.Tensor:
+        """Updates the momentum of a parameter; returns what is to be orthogonalised, (k, m, n) with m <= n."""
+        (p, group), stored = item, state["momentum_buffer"]
+        v, g, mu = stored.to(p.dtype), p.grad, group["momentum"]     # v is `stored` itself where the dtypes agree
+        v = v.mul_(mu).add_(g) if self.accumulate else v.lerp_(g, 1 - mu)
+        stored.copy_(v)
+        if self.nesterov:
+            v = g.add(v, alpha=mu) if self.accumulate else g.lerp(v, mu)
+        M = matrices(v, group["parts"])
+        return M.mT if M.size(1) >= M.size(2) else M
 
-    def exchange(self, mine: dict, params: list) -> dict:
-        """Returns every parameter's update, from its owner: one all-gather, each rank's part padded to the longest."""
-        owned = [[p for p in params if self.owners[p] == rank] for rank in range(self.world_size)]
-        sizes = [sum(p.numel() for p in part) for part in owned]
-        padding = params[0].new_zeros(max(sizes) - sizes[self.rank], dtype=self.ns_dtype)
-        flat = torch.cat([*(mine[p].flatten() for p in owned[self.rank]), padding])
-        gathered = flat.new_empty(self.world_size * len(flat))
-        getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(gathered, flat)     # renamed in torch 2.13
-        updates = {}
-        for part, row in zip(owned, gathered.chunk(self.world_size), strict=True):
-            for p in part:
-                updates[p], row = row[:p.numel()].view_as(p), row[p.numel():]
-        return updates
+    def normalize(self, U: torch.Tensor, states: list) -> torch.Tensor:
+        """NorMuon's second step, of U (k, m, n), m <= n: each column's mean square is tracked."""
+        if not self.beta2:
+            return U
+        tracked = [state["second_moment"] for state in states]
+        S = torch.cat(tracked).lerp_(U.square().mean(1, keepdim=True, dtype=tracked[0].dtype), 1 - self.beta2)
+        torch._foreach_copy_(tracked, S.split(list(map(len, tracked))))
+        even = U * S.clamp_min(1e-10).rsqrt()
+        before, after = (x.norm(dim=(1, 2), keepdim=True) for x in (U, even))
+        return even * (before / after.clamp_min(1e-10))
 
     def state_dict(self) -> dict:
         """Returns the whole state on every rank; all ranks must call this together."""
         if self.world_size > 1:
-            for p, owner in self.owners.items():
-                dist.broadcast(self.momentum(p), owner)
+            for p, group in self.members():
+                for tensor in self.own_state(p, group).values():
+                    dist.broadcast(tensor, self.owners[p])
         whole = super().state_dict()
         self.keep_own()
         return whole
 
     def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
+        super().load_state_dict(state_dict)     # which gives each tensor the dtype of its parameter
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, (p, _) in zip(saved, self.members(), strict=True):
+            self.state[p] = {key: x.to(p.device, copy=True) for key, x in state_dict["state"].get(i, {}).items()}
         self.keep_own()
 
     def keep_own(self) -> None:
@@ -649,6 +728,7 @@ def parameter_rules(c: Config) -> list[tuple]:
         (r"lm_head\.weight",              "adamw",   c.lr,                     c.adam_weight_decay, 1),
         (r"embed\.weight",                "adamw",   c.lr * c.embed_lr_ratio,  c.adam_weight_decay, 1),
         (r"blocks\..*\.qkv\.weight",      matrix,    matrix_lr,                decay,               qkv_parts),
+        (r"blocks\..*\.mlp\.proj\.weight", matrix, matrix_lr * c.mlp_proj_lr_ratio, decay,            1),
         (r"blocks\..*\.(proj|up)\.weight", matrix,   matrix_lr,                decay,               1),
         (r".*(gain|bias|scale|lambda)s?", "adamw",   c.lr,                     0.0,                 1),
     ]
@@ -663,16 +743,18 @@ def make_optimizers(model: GPT, c: Config, ns_dtype: torch.dtype | None = None) 
         members.setdefault(rule, []).append((name, p))
     groups, lines = {True: [], False: []}, [("parameter", "shape", "optimizer", "lr", "weight decay", "matrices")]
     for (_, optimizer, lr, weight_decay, parts), named in members.items():
-        group = dict(params=[p for _, p in named], lr=lr, base_lr=lr, weight_decay=weight_decay)
+        group = dict(params=named, lr=lr, base_lr=lr, weight_decay=weight_decay)
         groups[optimizer == "adamw"].append(group if optimizer == "adamw" else dict(group, parts=parts))
         kinds = Counter((re.sub(r"\.\d+\.", ".*.", name), "x".join(map(str, p.shape))) for name, p in named)
         for (name, shape), count in kinds.items():
             lines.append((name, f"{count} of {shape}", optimizer, f"{lr:g}", f"{weight_decay:g}", str(parts)))
     optimizers = [torch.optim.AdamW(groups[True], betas=c.betas, eps=c.adam_eps, fused=True)]
     if groups[False]:
-        seed_002 = c.matrix_optimizer == "orthogonal_nesterov"
-        optimizers.append(Muon(groups[False], momentum=c.momentum, accumulate=seed_002, ns_steps=c.ns_steps,
-                               update_scale="none" if seed_002 else c.update_scale, ns_dtype=ns_dtype))
+        muon = dict(update_scale=c.update_scale, polynomial=c.polynomial, nesterov=c.nesterov == "on",
+                    beta2=c.normuon_beta2, cautious=c.decay_kind == "cautious")
+        settings = muon if c.matrix_optimizer == "muon" else dict(update_scale="none", accumulate=True)
+        optimizers.append(Muon(groups[False], momentum=c.momentum, ns_steps=c.ns_steps, ns_dtype=ns_dtype,
+                               momentum_dtype=getattr(torch, c.momentum_dtype), **settings))
     covered = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(covered) == sorted(id(p) for p in model.parameters()), "a parameter is missing, or in two groups"
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -688,9 +770,10 @@ def lr_multiplier(c: Config, step: int) -> float:
     return c.final_lr_frac + left * (1 - c.final_lr_frac)
 
 def muon_momentum(c: Config, step: int) -> float:
-    """Linear from momentum_start to momentum, then constant."""
-    done = min(1.0, step / c.momentum_warmup_steps) if c.momentum_warmup_steps else 1.0
-    return c.momentum_start + done * (c.momentum - c.momentum_start)
+    """Linear from momentum_start to momentum, constant, and at the end linear back to momentum_start."""
+    up = step / c.momentum_warmup_steps if c.momentum_warmup_steps else 1.0
+    down = (c.num_steps - step) / c.momentum_cooldown_steps if c.momentum_cooldown_steps else 1.0
+    return c.momentum_start + min(1.0, up, down) * (c.momentum - c.momentum_start)
 
 def batch_rows(c: Config, step: int) -> int:
     """Rows of the global batch: the entries of batch_tokens in turn, each for an equal share of the steps."""
@@ -760,11 +843,12 @@ def load_checkpoint(option: str, name: str) -> dict:
 
 # ======== 9. Main: set-up, priming, loop, summary. ====================================================================
 def accumulate_gradients(model: nn.Module, tokens: torch.Tensor, micro_batch: int, world: World) -> torch.Tensor:
-    """Adds the gradient of the mean loss over the global batch; returns that loss over this rank's `tokens` (R, T + 1).
+    """Makes the gradient of the mean loss over the global batch; returns the loss over this rank's `tokens` (R, T + 1).
 
     All micro-steps but the last run inside no_sync, the forward too: DDP decides there whether to reduce.
     """
     micro_batches, total = tokens.split(micro_batch), 0.0
+    model.zero_grad(set_to_none=True)
     for i, part in enumerate(micro_batches, 1):
         last = i == len(micro_batches)
         with world.collective("average of the gradients") if last or world.size == 1 else model.no_sync():
@@ -774,11 +858,40 @@ def accumulate_gradients(model: nn.Module, tokens: torch.Tensor, micro_batch: in
     return total
 
 def update(optimizers: list, c: Config, step: int, world: World) -> None:
+    """A step of all optimizers on the gradients, which stay until the next are made."""
     set_schedules(optimizers, c, step)
+    if c.grad_clip:     # g <- g min(1, c / |g|), of all parameters together
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], c.grad_clip)
     for optimizer in optimizers:
         with world.collective("exchange of the matrices' updates"):
             optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+
+def measure(model: nn.Module, before: dict, observed: dict) -> dict:
+    """Returns {parameters that differ in their layer only: figures of the last step, over all of them together}, from
+    the weights `before` it and the matrices' updates `observed` by Muon, before rate and scale.
+
+    Frobenius norms of gradient, weight and update (with decay); the update's RMS, and its norm over the weight's; for
+    Muon's also the orthogonality error |u u^T - I|_F / sqrt(m) of an m x n update, m <= n, the smallest and largest
+    singular value, and the share of entries at which u and W agree in sign, where cautious decay acts.
+    """
+    def norm(tensors):
+        return nn.utils.get_total_norm(tensors).item()
+    kinds, figures = {}, {}
+    for name, p in model.named_parameters():
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append((before[name], p.detach(), p))
+    for kind, members in kinds.items():
+        update, weight = norm([new - old for old, new, _ in members]), norm([old for old, _, _ in members])
+        figures[kind] = dict(gradient=norm([p.grad for _, _, p in members]), weight=weight, update=update,
+                             update_rms=update / sum(p.numel() for _, _, p in members) ** 0.5,
+                             update_to_weight=update / max(weight, 1e-30))
+        if U := [(observed[p].float(), old) for old, _, p in members if p in observed]:
+            S = torch.linalg.svdvals(torch.cat([u for u, _ in U]))
+            agree = torch.cat([(u * old.view_as(u) > 0).flatten() for u, old in U])
+            figures[kind].update(orthogonality_error=(S.square() - 1).square().mean().sqrt().item(),
+                                 least_singular=S.min().item(), largest_singular=S.max().item(),
+                                 decay_share=agree.float().mean().item())
+    return figures
 
 def prime(model: nn.Module, raw: GPT, optimizers: list, c: Config, world: World, micro_batches: set[int]) -> float:
     """Runs `prime_steps` steps on dummy data and undoes them; returns the seconds that they, and compilation, took."""
@@ -931,8 +1044,20 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
                 dist.all_reduce(statistics)
         statistics = statistics.to("cpu", non_blocking=True)
         queued = torch.cuda.current_stream().record_event() if device.type == "cuda" else None
+        if measures := c.optimizer_metrics_every and (step + 1) % c.optimizer_metrics_every == 0:     # not in the clock
+            clock.pause()
+            before, observed = {name: p.detach().clone() for name, p in raw.named_parameters()}, {}
+            optimizers[-1].observed = observed
+            clock.start()
         update(optimizers, c, step, world)
         step += 1
+        if measures:
+            clock.pause()
+            optimizers[-1].observed = None
+            if world.rank == 0:
+                with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(dict(step=step, parameters=measure(raw, before, observed))) + "\n")
+            clock.start()
         stopping = finish(*pending) if pending else False
         pending = (step, statistics, queued)
         validates = step == c.num_steps or (c.val_every and step % c.val_every == 0)
