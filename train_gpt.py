@@ -595,14 +595,15 @@ class Muon(torch.optim.Optimizer):
     """
     def __init__(self, params, lr=0.03, momentum=0.95, weight_decay=0.0, parts=1, update_scale="sqrt_ratio",
                  nesterov=True, accumulate=False, cautious=False, beta2=0.0, ns_steps=5, polynomial="quintic",
-                 ns_dtype=None, momentum_dtype=None):
+                 ns_dtype=None, momentum_dtype=None, world=None):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, parts=parts,
                                       update_scale=update_scale))
         self.nesterov, self.accumulate, self.cautious, self.beta2 = nesterov, accumulate, cautious, beta2
         self.ns_dtype, self.momentum_dtype = ns_dtype, momentum_dtype
         self.orthogonalize = partial(orthogonalize, steps=ns_steps, polynomial=polynomial, dtype=ns_dtype)
         self.owners, self.observed = {}, None     # observed: a dict that is given each parameter's u, for the metrics
-        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        here = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank, self.world_size = world or here
         costs, loads = {}, [0] * self.world_size
         for group in self.param_groups:
             group.setdefault("base_lr", group["lr"])
@@ -639,8 +640,10 @@ class Muon(torch.optim.Optimizer):
                 u = u.mT if W.size(1) >= W.size(2) else u
                 if self.observed is not None:
                     self.observed[p] = u
-                if decay:
-                    W.mul_(1 - decay * lr / group["base_lr"] * (u * W > 0) if self.cautious else 1 - decay)
+                if decay and self.cautious:
+                    W.sub_(W * (u * W > 0), alpha=decay * lr / group["base_lr"])
+                elif decay:
+                    W.mul_(1 - decay)
                 W.add_(u, alpha=-lr * UPDATE_SCALES[group["update_scale"]][0](*W.shape[1:]))
 
     def start(self, shape: tuple, items: list) -> tuple:

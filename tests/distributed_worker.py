@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -33,35 +35,52 @@ def count_all_reduces(world) -> dict[int, int]:
     return result
 
 
-def sharded_steps(world) -> dict:
-    """Muon's parameters after 20 steps on recorded float64 gradients, and what each rank holds of the momentum."""
-    model = small_model(num_layers=3).double()
-    c = model.config
-    optimizer = train_gpt.make_optimizers(model, c)[0][1]
-    alone = [p.detach().clone().requires_grad_() for p in optimizer.owners]
-    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
-    reference = train_gpt.Muon([{**groups[p], "params": [q]} for p, q in zip(optimizer.owners, alone, strict=True)])
-    reference.rank, reference.world_size, reference.owners = 0, 1, dict.fromkeys(alone, 0)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(20):
-        for p, q in zip(optimizer.owners, alone, strict=True):
+OPTIONS = dict(num_layers=3, normuon_beta2=0.9, matrix_weight_decay=0.1, decay_kind="cautious")
+
+
+def steps(first: int, last: int, state: dict | None = None) -> tuple:
+    """Muon's steps `first` to `last` of 20 on recorded float64 gradients, from `state` on; returns the optimizer and
+    {parameter: its values at the end}."""
+    model = small_model(**OPTIONS).double()
+    optimizer = train_gpt.make_optimizers(model, model.config)[0][1]
+    matrices = {name: p for name, p in model.named_parameters() if p in optimizer.owners}
+    if state is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        for name, p in matrices.items():
+            p.data.copy_(state["matrices"][name])
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        for p in matrices.values():
             p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-            q.grad = p.grad.clone()
         optimizer.step()
-        reference.step()
-    held = sum(state["momentum_buffer"].numel() for state in optimizer.state.values())
-    whole = optimizer.state_dict()["state"]
-    return dict(
-        difference=max((p - q).abs().max().item() for p, q in zip(optimizer.owners, alone, strict=True)),
-        held=held, total=sum(p.numel() for p in optimizer.owners),
-        saved=sum(state["momentum_buffer"].numel() for state in whole.values()),
-        held_after_saving=sum(state["momentum_buffer"].numel() for state in optimizer.state.values()))
+    return optimizer, {name: p.detach() for name, p in matrices.items()}
+
+
+def state_bytes(states: dict) -> int:
+    return sum(tensor.nbytes for state in states.values() for tensor in state.values())
+
+
+def sharded_steps(world, folder: str) -> dict:
+    """20 steps; on 2 ranks the first 10, saved, too, on 4 the last 10 from there. Bytes that each rank holds."""
+    path, resumed = Path(folder) / "half.pt", {}
+    if world.size == 2:
+        optimizer, half = steps(0, 10)
+        whole = optimizer.state_dict()
+        if world.rank == 0:
+            torch.save(dict(optimizer=whole, matrices=half), path)
+    else:
+        resumed = steps(10, 20, torch.load(path))[1]
+    optimizer, matrices = steps(0, 20)
+    held = world.gather(state_bytes(optimizer.state))
+    saved = optimizer.state_dict()
+    return dict(held=held, saved=state_bytes(saved["state"]), held_after=world.gather(state_bytes(optimizer.state)),
+                matrices={name: p.tolist() for name, p in matrices.items()},
+                resumed={name: p.tolist() for name, p in resumed.items()})
 
 
 if __name__ == "__main__":
     world = train_gpt.start_world(60)
-    facts = dict(all_reduces=count_all_reduces(world), **sharded_steps(world))
-    facts["held"] = world.gather(facts["held"])
+    facts = dict(all_reduces=count_all_reduces(world), **sharded_steps(world, sys.argv[1]))
     if world.rank == 0:
         print("FACTS " + json.dumps(facts), flush=True)
     dist.destroy_process_group()
