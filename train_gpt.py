@@ -887,7 +887,7 @@ def measure(model: nn.Module, before: dict, observed: dict) -> dict:
         update, weight = norm([new - old for old, new, _ in members]), norm([old for old, _, _ in members])
         figures[kind] = dict(gradient=norm([p.grad for _, _, p in members]), weight=weight, update=update,
                              update_rms=update / sum(p.numel() for _, _, p in members) ** 0.5,
-                             update_to_weight=update / max(weight, 1e-30))
+                             update_to_weight=update / weight if weight else None)
         if U := [(observed[p].float(), old) for old, _, p in members if p in observed]:
             S = torch.linalg.svdvals(torch.cat([u for u, _ in U]))
             agree = torch.cat([(u * old.view_as(u) > 0).flatten() for u, old in U])
