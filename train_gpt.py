@@ -595,12 +595,13 @@ class Muon(torch.optim.Optimizer):
     """
     def __init__(self, params, lr=0.03, momentum=0.95, weight_decay=0.0, parts=1, update_scale="sqrt_ratio",
                  nesterov=True, accumulate=False, cautious=False, beta2=0.0, ns_steps=5, polynomial="quintic",
-                 ns_dtype=None, momentum_dtype=None, world=None):
+                 ns_dtype=None, momentum_dtype=None, compiled=False, world=None):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, parts=parts,
                                       update_scale=update_scale))
         self.nesterov, self.accumulate, self.cautious, self.beta2 = nesterov, accumulate, cautious, beta2
         self.ns_dtype, self.momentum_dtype = ns_dtype, momentum_dtype
-        self.orthogonalize = partial(orthogonalize, steps=ns_steps, polynomial=polynomial, dtype=ns_dtype)
+        function = torch.compile(orthogonalize, dynamic=False) if compiled else orthogonalize
+        self.orthogonalize = partial(function, steps=ns_steps, polynomial=polynomial, dtype=ns_dtype)
         self.owners, self.observed = {}, None     # observed: a dict that is given each parameter's u, for the metrics
         here = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.rank, self.world_size = world or here
@@ -736,7 +737,7 @@ def parameter_rules(c: Config) -> list[tuple]:
         (r".*(gain|bias|scale|lambda)s?", "adamw",   c.lr,                     0.0,                 1),
     ]
 
-def make_optimizers(model: GPT, c: Config, ns_dtype: torch.dtype | None = None) -> tuple[list, str]:
+def make_optimizers(model: GPT, c: Config, ns_dtype=None, compiled=False) -> tuple[list, str]:
     """Returns ([AdamW, and Muon where the table has it], the table as text); each parameter is in one row, once."""
     rules, members = parameter_rules(c), {}
     for name, p in model.named_parameters():
@@ -757,7 +758,7 @@ def make_optimizers(model: GPT, c: Config, ns_dtype: torch.dtype | None = None) 
                     beta2=c.normuon_beta2, cautious=c.decay_kind == "cautious")
         settings = muon if c.matrix_optimizer == "muon" else dict(update_scale="none", accumulate=True)
         optimizers.append(Muon(groups[False], momentum=c.momentum, ns_steps=c.ns_steps, ns_dtype=ns_dtype,
-                               momentum_dtype=getattr(torch, c.momentum_dtype), **settings))
+                               momentum_dtype=getattr(torch, c.momentum_dtype), compiled=compiled, **settings))
     covered = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(covered) == sorted(id(p) for p in model.parameters()), "a parameter is missing, or in two groups"
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -959,7 +960,7 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
     if world.size > 1:
         with world.collective("start-up broadcast of the weights"):
             model = DistributedDataParallel(raw, gradient_as_bucket_view=True)
-    optimizers, table = make_optimizers(raw, c, ns_dtype=dtype if bf16 else None)
+    optimizers, table = make_optimizers(raw, c, dtype if bf16 else None, compiled)
 
     tokens_total, epochs = positions[-1] * c.seq_len, positions[-1] / train_rows.num_rows
     hardware, revision = describe_hardware(world), git_revision()

@@ -1,0 +1,132 @@
+#!/usr/bin/env python3
+"""Times a step of each optimizer on the matrices of the 124M model (the small track), and says what its state takes.
+
+    python bench/optimizers.py                                         # on a GPU if there is one, else on the CPU
+    python bench/optimizers.py --device cpu --rounds 3
+    torchrun --standalone --nproc_per_node=2 bench/optimizers.py --device cpu
+
+All take steps on the same random gradients, in turn (A B C C B A). Of several processes a step lasts until the slowest
+has done it, and torch's optimizers do all of the work on each. A first step is timed apart: on a GPU it compiles ours.
+The second table is the state of whole training, with AdamW for embedding and lm_head, for one process and, by the
+table of owners, for eight.
+"""
+
+import argparse
+import datetime
+import os
+import platform
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt  # noqa: E402
+
+OURS = {
+    "Muon": {},
+    "Muon, bf16 momentum": dict(momentum_dtype="bfloat16"),
+    "Muon, polar_express, NorMuon, cautious decay": dict(
+        polynomial="polar_express", normuon_beta2=0.95, matrix_weight_decay=0.1, decay_kind="cautious"),
+}
+
+
+def state_bytes(optimizer: torch.optim.Optimizer, rank: int = 0) -> int:
+    """Returns the bytes of the state that `rank` holds."""
+    owners = getattr(optimizer, "owners", {})
+    return sum(x.nbytes for p, state in optimizer.state.items() for x in state.values() if owners.get(p, rank) == rank)
+
+
+def ours(model: train_gpt.GPT, fields: dict, bf16: bool) -> train_gpt.Muon:
+    c = train_gpt.make_config(dict(track="small", **fields))
+    return train_gpt.make_optimizers(model, c, torch.bfloat16 if bf16 else None, compiled=bf16)[0][1]
+
+
+def time_steps(optimizers: dict, world: train_gpt.World, rounds: int) -> dict[str, list[float]]:
+    """Returns {name: [seconds of each step]}, of which the first is the warm-up."""
+    seconds = {name: [] for name in optimizers}
+    for i in range(rounds + 1):
+        for name in list(optimizers) if i % 2 else reversed(optimizers):
+            if world.size > 1:
+                dist.barrier()
+            clock = train_gpt.Clock(world.device)
+            clock.start()
+            optimizers[name].step()
+            clock.pause()
+            seconds[name].append(max(world.gather(clock.elapsed)))
+    return seconds
+
+
+def memory_lines(model: train_gpt.GPT) -> list[str]:
+    """The table of whole training's state: AdamW's of two float32 each, Muon's from states made for all owners."""
+    lines = ["| state of whole training, MiB a rank | 1 process | 8 processes |", "|---|---|---|"]
+    for name, fields in {"AdamW": dict(matrix_optimizer="adamw"), **OURS}.items():
+        c = train_gpt.make_config(dict(track="small", **fields))
+        adamw, *muon = train_gpt.make_optimizers(model, c)[0]
+        shared = sum(p.numel() * 8 for group in adamw.param_groups for p in group["params"])     # two float32 each
+        sizes = []
+        for world_size in (1, 8):
+            largest = 0
+            for optimizer in muon:
+                optimizer = train_gpt.Muon(optimizer.param_groups, beta2=c.normuon_beta2, world=(0, world_size),
+                                           momentum_dtype=getattr(torch, c.momentum_dtype))
+                for p, group in optimizer.members():
+                    optimizer.own_state(p, group)
+                largest = max(state_bytes(optimizer, rank) for rank in range(world_size))
+            sizes.append((shared + largest) / 2**20)
+        lines.append(f"| {name} | {sizes[0]:.0f} | {sizes[1]:.0f} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed steps of each [5]")
+    arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error(f"--rounds {arguments.rounds}: give 1 or more")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here; give cpu, or leave it out")
+    if arguments.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    world = train_gpt.start_world(600)
+    bf16 = world.device.type == "cuda"
+    model = train_gpt.GPT(train_gpt.make_config(dict(track="small"))).to(world.device)
+    matrices = [p for p in model.blocks.parameters()]
+    generator = torch.Generator(world.device).manual_seed(0)
+    with torch.no_grad():
+        for p in matrices:
+            p.normal_(0, 0.02, generator=generator)
+            p.grad = torch.randn(p.shape, device=world.device, generator=generator)
+    optimizers = {"torch.optim.Muon": torch.optim.Muon(matrices, lr=1e-4),
+                  "torch.optim.AdamW, fused": torch.optim.AdamW(matrices, lr=1e-4, fused=True),
+                  **{name: ours(model, fields, bf16) for name, fields in OURS.items()}}
+    seconds = time_steps(optimizers, world, arguments.rounds)
+    held = {name: max(world.gather(state_bytes(optimizer, world.rank))) for name, optimizer in optimizers.items()}
+    if world.rank == 0:
+        cpu = Path("/proc/cpuinfo").read_text() if not bf16 and Path("/proc/cpuinfo").exists() else ""
+        units = [f"{kind} units" for kind in ("avx512_bf16", "amx_bf16") if kind in cpu]
+        limit = [f"{name}={os.environ[name]}" for name in ("ONEDNN_MAX_CPU_ISA",) if name in os.environ]
+        print(", ".join([str(datetime.date.today()), train_gpt.describe_hardware(world), *units, *limit,
+                         f"torch {torch.__version__}", f"Python {platform.python_version()}"]))
+        print(f"{sum(p.numel() for p in matrices):,} parameters in {len(matrices)} tensors; median of "
+              f"{arguments.rounds} steps (least to most)\n")
+        print("| optimizer of the matrices | seconds a step | / torch.optim.Muon | first step | state, MiB a rank |")
+        print("|---|---|---|---|---|")
+        base = statistics.median(seconds["torch.optim.Muon"][1:])
+        for name, (first, *steps) in seconds.items():
+            median = statistics.median(steps)
+            print(f"| {name} | {median:.4g} ({min(steps):.4g} to {max(steps):.4g}) | {median / base:.3f} | "
+                  f"{first:.4g} | {held[name] / 2**20:.0f} |")
+        if world.size == 1:
+            print("", *memory_lines(model), sep="\n")
+    if world.size > 1:
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)     # as train_gpt.py does, for the reason given there
+
+
+if __name__ == "__main__":
+    main()
