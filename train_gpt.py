@@ -603,8 +603,8 @@ class Muon(torch.optim.Optimizer):
         function = torch.compile(orthogonalize, dynamic=False) if compiled else orthogonalize
         self.orthogonalize = partial(function, steps=ns_steps, polynomial=polynomial, dtype=ns_dtype)
         self.owners, self.observed = {}, None     # observed: a dict that is given each parameter's u, for the metrics
-        here = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.rank, self.world_size = world or here
+        self.rank, self.world_size = world or (
+            (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1))
         costs, loads = {}, [0] * self.world_size
         for group in self.param_groups:
             group.setdefault("base_lr", group["lr"])
@@ -659,8 +659,8 @@ class Muon(torch.optim.Optimizer):
         U = torch.zeros(max(counts), *shape, dtype=self.ns_dtype or p.dtype, device=p.device)
         if mine:
             states = [self.own_state(p, group) for p, group in mine]
-            directions = map(self.direction, states, mine)
-            U[:counts[self.rank]] = self.normalize(self.orthogonalize(torch.cat(list(directions))), states)
+            u = self.orthogonalize(torch.cat(list(map(self.direction, states, mine))))
+            U[:counts[self.rank]] = self.normalize(u, states) if self.beta2 else u
         gathered, gathering = U, None
         if self.world_size > 1:
             gathered = U.new_empty(self.world_size * len(U), *shape)
@@ -691,8 +691,6 @@ class Muon(torch.optim.Optimizer):
 
     def normalize(self, U: torch.Tensor, states: list) -> torch.Tensor:
         """NorMuon's second step, of U (k, m, n), m <= n: each column's mean square is tracked."""
-        if not self.beta2:
-            return U
         tracked = [state["second_moment"] for state in states]
         S = torch.cat(tracked).lerp_(U.square().mean(1, keepdim=True, dtype=tracked[0].dtype), 1 - self.beta2)
         torch._foreach_copy_(tracked, S.split(list(map(len, tracked))))
@@ -701,26 +699,20 @@ class Muon(torch.optim.Optimizer):
         return even * (before / after.clamp_min(1e-10))
 
     def state_dict(self) -> dict:
-        """Returns the whole state on every rank; all ranks must call this together."""
+        """Returns the whole state, of several ranks on the CPU; all ranks must call this together."""
+        whole, shares = super().state_dict(), [{}] * self.world_size
         if self.world_size > 1:
-            for p, group in self.members():
-                for tensor in self.own_state(p, group).values():
-                    dist.broadcast(tensor, self.owners[p])
-        whole = super().state_dict()
-        self.keep_own()
+            mine = {i: {key: x.cpu() for key, x in state.items()} for i, state in whole["state"].items()}
+            dist.all_gather_object(shares, mine)
+            whole["state"] = {i: state for share in shares for i, state in share.items()}
         return whole
 
     def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)     # which gives each tensor the dtype of its parameter
+        super().load_state_dict({**state_dict, "state": {}})     # it would cast each tensor to its parameter's dtype
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         for i, (p, _) in zip(saved, self.members(), strict=True):
-            self.state[p] = {key: x.to(p.device, copy=True) for key, x in state_dict["state"].get(i, {}).items()}
-        self.keep_own()
-
-    def keep_own(self) -> None:
-        for p, owner in self.owners.items():
-            if owner != self.rank:
-                self.state.pop(p, None)
+            if self.owners[p] == self.rank and i in state_dict["state"]:
+                self.state[p] = {key: x.to(p.device, copy=True) for key, x in state_dict["state"][i].items()}
 
 def parameter_rules(c: Config) -> list[tuple]:
     """The rows of the parameter table: a parameter belongs to the first whose pattern matches its whole name."""
@@ -872,29 +864,27 @@ def update(optimizers: list, c: Config, step: int, world: World) -> None:
             optimizer.step()
 
 def measure(model: nn.Module, before: dict, observed: dict) -> dict:
-    """Returns {parameters that differ in their layer only: figures of the last step, over all of them together}, from
-    the weights `before` it and the matrices' updates `observed` by Muon, before rate and scale.
+    """Returns the figures of the last step, {parameters that differ in their layer alone: {figure: value}}.
 
-    Frobenius norms of gradient, weight and update (with decay); the update's RMS, and its norm over the weight's; for
-    Muon's also the orthogonality error |u u^T - I|_F / sqrt(m) of an m x n update, m <= n, the smallest and largest
-    singular value, and the share of entries at which u and W agree in sign, where cautious decay acts.
+    Frobenius norms of gradient, weight and update, the update's RMS, and its norm over the weight's, from the weights
+    `before` it. Of Muon's u, `observed`, before rate and scale: the error of orthogonality |u u^T - I|_F / sqrt(m) for
+    m <= n, the extreme singular values, and the share of entries that agree with the weight's in sign: where cautious
+    decay acts.
     """
-    def norm(tensors):
-        return nn.utils.get_total_norm(tensors).item()
     kinds, figures = {}, {}
     for name, p in model.named_parameters():
-        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append((before[name], p.detach(), p))
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append((p, p.detach(), before[name], p.grad))
     for kind, members in kinds.items():
-        update, weight = norm([new - old for old, new, _ in members]), norm([old for old, _, _ in members])
-        figures[kind] = dict(gradient=norm([p.grad for _, _, p in members]), weight=weight, update=update,
-                             update_rms=update / sum(p.numel() for _, _, p in members) ** 0.5,
-                             update_to_weight=update / weight if weight else None)
-        if U := [(observed[p].float(), old) for old, _, p in members if p in observed]:
-            S = torch.linalg.svdvals(torch.cat([u for u, _ in U]))
-            agree = torch.cat([(u * old.view_as(u) > 0).flatten() for u, old in U])
-            figures[kind].update(orthogonality_error=(S.square() - 1).square().mean().sqrt().item(),
-                                 least_singular=S.min().item(), largest_singular=S.max().item(),
-                                 decay_share=agree.float().mean().item())
+        matrices, *flat = zip(*members, strict=True)
+        new, weight, gradient = (torch.cat([x.flatten() for x in column]) for column in flat)
+        update = new - weight
+        found = dict(gradient=gradient.norm(), weight=weight.norm(), update=update.norm(),
+                     update_rms=update.square().mean().sqrt(), update_to_weight=update.norm() / weight.norm())
+        if u := [observed[p].float() for p in matrices if p in observed]:
+            S, agree = torch.linalg.svdvals(torch.cat(u)), torch.cat([x.flatten() for x in u]) * weight > 0
+            found.update(orthogonality_error=(S.square() - 1).square().mean().sqrt(), least_singular=S.min(),
+                         largest_singular=S.max(), decay_share=agree.float().mean())
+        figures[kind] = {key: x.item() if x.isfinite() else None for key, x in found.items()}
     return figures
 
 def prime(model: nn.Module, raw: GPT, optimizers: list, c: Config, world: World, micro_batches: set[int]) -> float:
