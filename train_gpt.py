@@ -915,15 +915,14 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
     positions = list(accumulate((batch_rows(c, i) for i in range(c.num_steps)), initial=0))     # rows before each step
     train_rows = Rows("train_files", c.train_files, c.vocab_size, c.seq_len, positions[-1])
     val_rows = Rows("val_files", c.val_files, c.vocab_size, c.seq_len, c.val_tokens // c.seq_len)
-    if val_rows.num_rows * c.seq_len < c.val_tokens:
-        raise RunError(f"--val_tokens {c.val_tokens}: {c.val_files} has {val_rows.num_rows * c.seq_len} in whole rows; "
-                       "give that or less, or more text")
+    if (found := val_rows.num_rows * c.seq_len) < c.val_tokens:
+        raise RunError(f"--val_tokens {c.val_tokens}: {c.val_files} has {found}; give that or less, or more text")
     data = dict(train=train_rows.check(world), val=val_rows.check(world))
     known, val_tokens = dict(train=c.train_sha256, val=c.val_sha256), make_config(dict(track=c.track)).val_tokens
     comparable = data == known and c.val_tokens == val_tokens if all(known.values()) else None     # None: not known
     if resumed and resumed["data"] != data:
-        raise RunError(f"--resume {c.resume}: its run read other data (sha256 {resumed['data']}, here {data}); give "
-                       "the --train_files and --val_files of that run")
+        raise RunError(f"--resume {c.resume}: its run read other data; give that run's --train_files and --val_files "
+                       f"(sha256 {resumed['data']}, here {data})")
 
     # The run folder: one id for all ranks and nodes.
     new_id = f"{c.track}_{datetime.datetime.now():%Y%m%d-%H%M%S}_{os.urandom(4).hex()}"
@@ -937,15 +936,13 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
     bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)     # older GPUs emulate it
     dtype = torch.bfloat16 if bf16 else torch.float32
     torch.manual_seed(c.seed)
-    raw = GPT(c, dtype).initialize(c.seed)
+    model = raw = GPT(c, dtype).initialize(c.seed).to(device)
     if c.init_from and not resumed:
         try:
             raw.load_state_dict(load_checkpoint("init_from", c.init_from)["model"])
         except RuntimeError as error:
             raise RunError(f"--init_from {c.init_from}: its weights do not fit this Config's model ({error})") from None
-    model = raw.to(device)
-    compiled = c.compile == "on" or (c.compile == "auto" and device.type == "cuda")
-    if compiled:
+    if compiled := c.compile == "on" or (c.compile == "auto" and device.type == "cuda"):
         raw.compile_parts()
     if world.size > 1:
         with world.collective("start-up broadcast of the weights"):
@@ -995,7 +992,7 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
         if not finite:
             good = f"the last good checkpoint is in {folder}" if (folder / CHECKPOINT).exists() else "none was saved"
             log(f"error: {what} is not finite", console=False)
-            raise RunError(f"{what} is not finite; lower --lr, or give --warmup_steps; {good}")
+            raise RunError(f"{what} is not finite; lower --lr, or give --warmup_steps or --grad_clip; {good}")
     def save() -> None:
         with world.collective("collection of the optimizers' state"):
             states = [optimizer.state_dict() for optimizer in optimizers]
@@ -1025,8 +1022,7 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
                disable=world.rank > 0 or not sys.stderr.isatty())
     clock.start()
     while step < c.num_steps and not stopping:
-        epoch = positions[step] // train_rows.num_rows
-        if step and epoch > positions[step - 1] // train_rows.num_rows:
+        if step and (epoch := positions[step] // train_rows.num_rows) > positions[step - 1] // train_rows.num_rows:
             log(f"data: epoch {epoch + 1} has begun, in a new order")
         asked = time.perf_counter()
         tokens = next(loader)
@@ -1040,27 +1036,23 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
         queued = torch.cuda.current_stream().record_event() if device.type == "cuda" else None
         if measures := c.optimizer_metrics_every and (step + 1) % c.optimizer_metrics_every == 0:     # not in the clock
             clock.pause()
-            before, observed = {name: p.detach().clone() for name, p in raw.named_parameters()}, {}
-            optimizers[-1].observed = observed
+            before, optimizers[-1].observed = {name: p.detach().clone() for name, p in raw.named_parameters()}, {}
             clock.start()
         update(optimizers, c, step, world)
         step += 1
-        if measures:
-            clock.pause()
-            optimizers[-1].observed = None
-            if world.rank == 0:
-                with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps(dict(step=step, parameters=measure(raw, before, observed))) + "\n")
-            clock.start()
         stopping = finish(*pending) if pending else False
         pending = (step, statistics, queued)
         validates = step == c.num_steps or (c.val_every and step % c.val_every == 0)
         saves = c.save_every and step % c.save_every == 0
-        if validates or saves or stopping or device.type == "cpu":
+        if validates or saves or stopping or measures or device.type == "cpu":
             stopping, pending = finish(*pending) or stopping, None
-        if validates or saves or stopping:
+        if validates or saves or stopping or measures:
             clock.pause()
-            ends = step == c.num_steps
+            if measures and world.rank == 0:
+                with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                    figures = measure(raw, before, optimizers[-1].observed)
+                    file.write(json.dumps(dict(step=step, parameters=figures)) + "\n")
+            optimizers[-1].observed, ends = None, step == c.num_steps
             if (saves or stopping) and not ends:     # before a validation, which might fail
                 save()
             if validates and (ends or not stopping):
@@ -1077,9 +1069,9 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
         log(f"stopped by a signal at step {step}/{c.num_steps}; go on with: --resume {folder}")
         return 128 + (signals or [signal.SIGTERM])[0]
 
-    # Summary: `key: value` lines for grep, and the same as JSON.
+    # Summary: `key: value` lines for grep, and the same as JSON. FLOP a token of a step: 6 a matrix weight, and 12 L T D
+    # for attention (PaLM, arXiv:2204.02311, appendix B).
     speed = tokens_total / clock.elapsed
-    # FLOP a token of a step: 6 a matrix weight, and 12 L T D for attention (PaLM, arXiv:2204.02311, appendix B).
     flops = 6 * (parameters - raw.embed.weight.numel()) + 12 * c.num_layers * c.seq_len * c.model_dim
     peak = next((peak for name, peak in PEAK_FLOPS.items() if bf16 and re.search(rf"\b{name}\b", hardware)), None)
     summary = dict(
