@@ -1069,7 +1069,7 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
         log(f"stopped by a signal at step {step}/{c.num_steps}; go on with: --resume {folder}")
         return 128 + (signals or [signal.SIGTERM])[0]
 
-    # Summary: `key: value` lines for grep, and the same as JSON. FLOP a token of a step: 6 a matrix weight, and 12 L T D
+    # Summary: `key: value` lines for grep, and the same as JSON. FLOP a token of a step: 6 a matrix weight and 12 L T D
     # for attention (PaLM, arXiv:2204.02311, appendix B).
     speed = tokens_total / clock.elapsed
     flops = 6 * (parameters - raw.embed.weight.numel()) + 12 * c.num_layers * c.seq_len * c.model_dim

@@ -18,7 +18,8 @@ from test_distributed import wait_for
 
 import train_gpt
 
-RUN = [*SMALL, "--val_every", "1", "--save_every", "12", "--micro_batch", "2", "--run_id", "r"]
+RUN = [*SMALL, "--val_every", "1", "--save_every", "12", "--micro_batch", "2", "--run_id", "r",
+       "--optimizer_metrics_every", "5"]
 
 
 def finished(result: subprocess.CompletedProcess):
@@ -65,15 +66,29 @@ def same(a, b) -> bool:
 
 @pytest.fixture(scope="module", params=[1, 2])
 def again(request, one, two, text, tmp_path_factory):
-    """(processes, the first run's folder, a second one's with the same seed but no priming, which saves the end)."""
+    """(processes, the first run's folder, a second one's with the same seed but no priming and no metrics, which saves
+    the end)."""
     folder = tmp_path_factory.mktemp("again")
-    finished(run("tiny", *RUN, *text, "--prime_steps", 0, "--save_every", 20, "--log_dir", folder, nproc=request.param))
+    options = ["--prime_steps", 0, "--optimizer_metrics_every", 0, "--save_every", 20, "--log_dir", folder]
+    finished(run("tiny", *RUN, *text, *options, nproc=request.param))
     return request.param, one if request.param == 1 else two, folder / "r"
 
 
-def test_same_seed_same_losses_and_priming_leaves_no_trace(again):
+def test_same_seed_same_losses_and_priming_and_metrics_leave_no_trace(again):
     _, first, second = again
     assert losses(first) == losses(second)
+    assert (first / "metrics.jsonl").exists() and not (second / "metrics.jsonl").exists()
+
+
+def test_metrics_of_the_optimizers(one, two):
+    """Every fifth step of the run, the same of one and of two processes."""
+    a, b = ([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (one, two))
+    assert [line["step"] for line in a] == [line["step"] for line in b] == [5, 10, 15, 20]
+    for name, figures in a[1]["parameters"].items():
+        assert figures == pytest.approx(b[1]["parameters"][name], rel=0.02, abs=1e-4)
+    assert a[1]["parameters"]["blocks.*.mlp.up.weight"].keys() == {
+        "gradient", "weight", "update", "update_rms", "update_to_weight", "orthogonality_error", "least_singular",
+        "largest_singular", "decay_share"}
 
 
 def test_another_seed_another_loss(one, text, tmp_path):
