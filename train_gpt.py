@@ -15,6 +15,7 @@ K head_dim, V padded vocabulary; m x n any matrix. Losses are nats a token, time
 """
 
 import argparse
+import copy
 import dataclasses
 import datetime
 import difflib
@@ -546,10 +547,9 @@ def orthogonalize(G: torch.Tensor, steps: int = 5, dtype: torch.dtype | None = N
                   gram: bool | None = None) -> torch.Tensor:
     """Returns about U V^T of each matrix U S V^T in a batch G (k, m, n), m <= n, by Newton-Schulz in `dtype`.
 
-    X <- a X + b (X X^T) X + c (X X^T)^2 X from X = G / |G|_F. Five steps do not lift singular values below about
-    0.003 |G|_F to 1; a zero matrix stays zero. With `gram` (None: for n >= 2 m in float32 and float64) the steps run on
-    R = X X^T (k, m, m), and X is multiplied once, at the end: half of the operations for n = 4 m (Zhang et al. 2026,
-    Gram Newton-Schulz). In half precision that would need restarts.
+    X <- a X + b (X X^T) X + c (X X^T)^2 X from X = G / |G|_F. Five steps do not lift singular values below 0.003 |G|_F
+    to 1. With `gram` (None: for n >= 2 m in float32 and 64) they run on R = X X^T (k, m, m), half of the operations for
+    n = 4 m, and X is multiplied once (Zhang et al. 2026, Gram Newton-Schulz); half precision would need restarts.
     """
     factor, coefficients = POLYNOMIALS[polynomial]
     coefficients = [coefficients[min(i, len(coefficients) - 1)] for i in range(steps)]
@@ -586,12 +586,10 @@ class Muon(torch.optim.Optimizer):
     A parameter is a matrix, a bank (k, m, n) of them, or, by `parts` of its group, fused (parts m, n); each matrix is
     orthogonalised apart. Gains, biases, embeddings, the lm_head and sharded tensors are refused; convolution filters
     are the caller's to flatten. `accumulate`: v <- mu v + g, and then g + mu v (OrthogonalNesterov); `nesterov=False`
-    orthogonalises v itself. `beta2` > 0: NorMuon (Li et al. 2025, arXiv:2510.05491): u is divided by the running RMS of
-    its rows, or of its columns where they are more, and keeps its norm. `cautious`: decay acts where u and W have the
-    same sign, and with the square of the schedule: lr wd (lr / base_lr). `momentum_dtype`: of the state.
-
-    In a process group each parameter has an owner, which alone holds its state and computes its update; gradients must
-    be the same on all ranks. A batch of same-shaped matrices is gathered while the next is computed.
+    orthogonalises v itself. `beta2` > 0: NorMuon (Li et al. 2025, arXiv:2510.05491): u over the running RMS of its rows
+    or, where they are more, columns, at the norm of u. `cautious`: decay of lr wd (lr / base_lr), where u and W
+    agree in sign. In a process group each parameter has an owner, which alone holds its state and computes its update,
+    from gradients that are the same on all ranks; a batch of matrices is gathered while the next is computed.
     """
     def __init__(self, params, lr=0.03, momentum=0.95, weight_decay=0.0, parts=1, update_scale="sqrt_ratio",
                  nesterov=True, accumulate=False, cautious=False, beta2=0.0, ns_steps=5, polynomial="quintic",
@@ -641,10 +639,9 @@ class Muon(torch.optim.Optimizer):
                 u = u.mT if W.size(1) >= W.size(2) else u
                 if self.observed is not None:
                     self.observed[p] = u
-                if decay and self.cautious:
-                    W.sub_(W * (u * W > 0), alpha=decay * lr / group["base_lr"])
-                elif decay:
-                    W.mul_(1 - decay)
+                if decay:
+                    decay *= lr / group["base_lr"] if self.cautious else 1
+                    W.sub_(W * (u * W > 0) if self.cautious else W, alpha=decay)
                 W.add_(u, alpha=-lr * UPDATE_SCALES[group["update_scale"]][0](*W.shape[1:]))
 
     def start(self, shape: tuple, items: list) -> tuple:
@@ -888,9 +885,8 @@ def measure(model: nn.Module, before: dict, observed: dict) -> dict:
     return figures
 
 def prime(model: nn.Module, raw: GPT, optimizers: list, c: Config, world: World, micro_batches: set[int]) -> float:
-    """Runs `prime_steps` steps on dummy data and undoes them; returns the seconds that they, and compilation, took."""
-    weights = {name: p.to("cpu", copy=True) for name, p in raw.state_dict().items()}
-    clock, rng = Clock(world.device), torch.get_rng_state()
+    """Runs `prime_steps` steps on dummy data; returns the seconds that they, and compilation, took."""
+    clock = Clock(world.device)
     clock.start()
     for micro_batch in sorted(micro_batches) * c.prime_steps:
         tokens = torch.randint(c.vocab_size, (2 * micro_batch, c.seq_len + 1)).to(world.device)
@@ -898,10 +894,6 @@ def prime(model: nn.Module, raw: GPT, optimizers: list, c: Config, world: World,
         update(optimizers, c, 0, world)
         with torch.no_grad():
             raw(tokens[:micro_batch, :-1], tokens[:micro_batch, 1:])
-    raw.load_state_dict(weights)
-    for optimizer in optimizers:
-        optimizer.state.clear()
-    torch.set_rng_state(rng)
     clock.pause()
     return clock.elapsed
 
@@ -975,18 +967,25 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
         f"{', '.join(map(str, micro_batches.values()))} rows of {c.seq_len} at once")
     log(f"model: {parameters:,} parameters, of which {in_blocks:,} in the blocks\n{table}")
 
-    step = resumed["step"] if resumed else 0
-    loader, data_wait = load_batches(train_rows, positions, c.seed, world, step), 0.0
+    def snapshot() -> dict:
+        with world.collective("collection of the optimizers' state"):
+            states = [optimizer.state_dict() for optimizer in optimizers]
+        return dict(config=dataclasses.asdict(c), data=data, step=step, position=positions[step], elapsed=clock.elapsed,
+                    val_loss=val_loss, rng=torch.get_rng_state(), model=raw.state_dict(), optimizers=states)
+
+    step, val_loss, clock = 0, None, Clock(device)
+    start = resumed or copy.deepcopy(snapshot())
     prime_seconds = prime(model, raw, optimizers, c, world, set(micro_batches.values()))
     log(f"priming: {prime_seconds:.1f} s of compilation and dummy steps, outside the training time")
-    val_loss, clock = None, Clock(device)
-    if resumed:     # after the priming, which leaves fresh optimizers behind
-        raw.load_state_dict(resumed["model"])
-        for optimizer, state in zip(optimizers, resumed["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        torch.set_rng_state(resumed["rng"])
-        val_loss, clock.elapsed = resumed["val_loss"], resumed["elapsed"]
+    raw.load_state_dict(start["model"])     # the priming leaves no trace
+    for optimizer, state in zip(optimizers, start["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    torch.set_rng_state(start["rng"])
+    step, val_loss, clock.elapsed = start["step"], start["val_loss"], start["elapsed"]
+    if resumed:
         log(f"resumed: {c.resume} at step {step}/{c.num_steps}, after {clock.elapsed:.1f} s of training")
+    loader, data_wait = load_batches(train_rows, positions, c.seed, world, step), 0.0
+    del start, resumed
 
     def require_finite(finite: bool, what: str) -> None:
         if not finite:
@@ -994,13 +993,10 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
             log(f"error: {what} is not finite", console=False)
             raise RunError(f"{what} is not finite; lower --lr, or give --warmup_steps or --grad_clip; {good}")
     def save() -> None:
-        with world.collective("collection of the optimizers' state"):
-            states = [optimizer.state_dict() for optimizer in optimizers]
+        content = snapshot()
         require_finite(all(bool(p.isfinite().all()) for p in raw.parameters()), f"step {step}: a weight")
         if world.rank == 0:
-            save_checkpoint(folder / CHECKPOINT, dict(
-                config=dataclasses.asdict(c), data=data, step=step, position=positions[step], elapsed=clock.elapsed,
-                val_loss=val_loss, rng=torch.get_rng_state(), model=raw.state_dict(), optimizers=states))
+            save_checkpoint(folder / CHECKPOINT, content)
         world.gather(None)     # no rank leaves before the file is whole
         log(f"checkpoint: {folder / CHECKPOINT} at step {step}/{c.num_steps}")
     def finish(done: int, statistics: torch.Tensor, queued) -> bool:

@@ -204,7 +204,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(one, text, tmp
     options = [*SMALL, *text, "--save_every", 1, "--log_dir", tmp_path, "--run_id", "s"]
     result = run("tiny", *options, "--attention_scale", 3e38)
     assert result.returncode == 2 and "error: step 1: the training loss, nan, is not finite" in result.stderr
-    assert "lower --lr, or give --warmup_steps; none was saved" in result.stderr
+    assert "lower --lr, or give --warmup_steps or --grad_clip; none was saved" in result.stderr
     assert not (tmp_path / "s/checkpoint.pt").exists() and not (tmp_path / "s/summary.json").exists()
     content = torch.load(one / "checkpoint.pt", weights_only=True)
     for name in ("up", "proj"):
