@@ -83,16 +83,11 @@ class Picture:
 
 # The groups and their names.
 
-def plain(value: str | None) -> str:
-    """Returns a value of setting() as it is read: "adamw" without its quotes."""
-    return "none" if value is None else value.strip('"')
-
-
 def differences(groups: list[list[Run]]) -> dict[str, list[str]]:
     """Returns {field, num_steps or source: its value in each group} of those that differ between the groups."""
     settings = [setting(runs[0]) for runs in groups]
-    fields = dict.fromkeys(name for fields in settings for name in fields)
-    values = {name: [plain(fields.get(name)) for fields in settings] for name in fields}
+    values = {name: [fields.get(name, "none").strip('"') for fields in settings]
+              for name in dict.fromkeys(itertools.chain(*settings))}
     return {name: column for name, column in values.items() if len(set(column)) > 1}
 
 
@@ -136,19 +131,14 @@ def palette(count: int) -> list[str]:
 
 def group_runs(runs: list[Run], baselines: list[Run]) -> list[Group]:
     """Groups runs by setting, in the order given, baselines last; a log given twice counts once, as a baseline."""
-    found, seen = {}, set()
-    for baseline, some in ((True, baselines), (False, runs)):
-        for run in some:
-            if run.path.resolve() not in seen:
-                seen.add(run.path.resolve())
-                found.setdefault((baseline, json.dumps(setting(run), sort_keys=True)), []).append(run)
+    given, found = [(False, run) for run in runs] + [(True, run) for run in baselines], {}
+    for baseline, run in {run.path.resolve(): (baseline, run) for baseline, run in given}.values():
+        found.setdefault((baseline, json.dumps(setting(run), sort_keys=True)), []).append(run)
     keys = sorted(found, key=lambda key: key[0])
     count = sum(not baseline for baseline, _ in keys)
-    colors = palette(count)
-    groups = []
+    colors, lines, groups = palette(count), list(DASHES)[1:], []
     for i, ((baseline, key), name) in enumerate(zip(keys, name_groups([found[key] for key in keys]), strict=True)):
-        color = "#808080" if baseline else colors[i]
-        line = list(DASHES)[1 + (i - count) % (len(DASHES) - 1)] if baseline else "-"
+        color, line = ("#808080", lines[(i - count) % len(lines)]) if baseline else (colors[i], "-")
         groups.append(Group(name, found[baseline, key], baseline, color, line))
     return groups
 
@@ -302,30 +292,33 @@ def draw_figures(axis, lines: list[tuple], label: str, scale: str) -> None:
 
 
 def optimizer_picture(groups: list[Group]) -> Picture | None:
-    """Returns a panel a figure, a color for each group of parameters, a line style for each group of runs, and so of
-    the first groups only that measured, where there are more of them than line styles; None where no run did."""
+    """Returns a panel a figure, with a color for each group of parameters and a line style for each group of runs.
+
+    Groups beyond the line styles are left out, which the picture says. None where there are no metrics.
+    """
     measured = [(group, runs) for group in groups if (runs := list(filter(None, map(read_metrics, group.whole))))]
-    if not measured:
-        return None
-    kinds = dict.fromkeys(kind for _, runs in measured for run in runs for step in run.values() for kind in step)
-    colors, styles = dict(zip(kinds, palette(len(kinds)), strict=False)), dict(zip(DASHES, measured, strict=False))
-    panels = []
+    kinds = list(dict.fromkeys(kind for _, runs in measured for run in runs for step in run.values() for kind in step))
+    colors, panels = dict(zip(kinds, palette(len(kinds)), strict=True)), []
     for (label, scale), keys in FIGURES.items():
         lines = []
-        for (style, (_, runs)), (kind, color), key in itertools.product(styles.items(), colors.items(), keys):
+        for ((_, runs), style), kind, key in itertools.product(zip(measured, DASHES, strict=False), kinds, keys):
             steps = sorted(set.intersection(*map(set, runs)))
             means = np.mean([[run[step].get(kind, {}).get(key, np.nan) for step in steps] for run in runs], axis=0)
             if not np.isnan(means).all():
-                lines.append((steps, means, dict(color=color, linestyle=style)))
+                lines.append((steps, means, dict(color=colors[kind], linestyle=style)))
         if lines:
             panels.append((label, partial(draw_figures, lines=lines, label=label, scale=scale)))
     legend = [(kind, dict(color=color, linestyle="-")) for kind, color in colors.items()]
+    reading = ("norms: Frobenius; of Muon's updates, before rate and scale: orthogonality error (0: orthogonal) and "
+               "singular values; cautious decay acts where update and weight agree in sign")
     if len(measured) > 1:
-        legend += [(group.title, dict(color="#000000", linestyle=style)) for style, (group, _) in styles.items()]
-    return Picture(panels, legend, "norms: Frobenius; of Muon's updates, before rate and scale: orthogonality error "
-                   "(0: orthogonal) and singular values; share of entries at which cautious decay acts" + (
-                   f"; the first {len(styles)} of {len(measured)} groups that measured" if len(styles) < len(measured)
-                   else "") + ("; lines: means over runs" if any(len(runs) > 1 for _, runs in measured) else ""))
+        legend += [(group.title, dict(color="#000000", linestyle=style))
+                   for (group, _), style in zip(measured, DASHES, strict=False)]
+    if len(measured) > len(DASHES):
+        reading += f"; only the first {len(DASHES)} of {len(measured)} groups: plot the others apart"
+    if any(len(runs) > 1 for _, runs in measured):
+        reading += "; lines: means over runs"
+    return Picture(panels, legend, reading) if panels else None
 
 
 def save(picture: Picture, out: Path) -> None:
@@ -451,29 +444,29 @@ def speed(run: Run) -> tuple[int, float, float]:
     return steps, seconds, tokens_after(run)[steps] / seconds
 
 
+def measures(runs: list[Run]) -> list[str]:
+    """Returns the cells on loss, target and speed of a run, or of a group's finished runs, whose mean loss counts."""
+    if not runs:
+        return ["-"] * 4
+    losses, target = np.array([run.final[1] for run in runs if run.finished]), runs[0].config["target"]
+    _, seconds, tokens_a_second = zip(*map(speed, runs), strict=True)
+    several = f" ({(losses <= target).sum()} of {len(runs)} runs)" if len(runs) > 1 else ""
+    final = [plus_minus(losses, ".4f"), ("yes" if losses.mean() <= target else "no") + several] if len(losses) else "--"
+    return [*final, plus_minus(seconds, ",.1f"), plus_minus(tokens_a_second, ",.0f")]
+
+
 def run_row(run: Run, group: Group) -> tuple:
-    steps, seconds, tokens_a_second = speed(run)
-    loss = f"{run.final[1]:.4f}" if run.finished else "-"
-    reached = ("yes" if run.final[1] <= run.config["target"] else "no") if run.finished else "-"
-    done = f"{steps:,}" if run.finished else f"{steps:,} of {run.num_steps:,}"
-    return (run.name, loss, reached, f"{seconds:,.1f}", f"{tokens_a_second:,.0f}", done, run.config.get("seed", "-"),
-            group.title, run.hardware or "-", run.torch or "-")
+    steps = f"{speed(run)[0]:,}" + ("" if run.finished else f" of {run.num_steps:,}")
+    return (run.name, *measures([run]), steps, run.config.get("seed", "-"), group.title, run.hardware or "-",
+            run.torch or "-")
 
 
 def group_row(group: Group) -> tuple:
-    """Mean and standard deviation of the finished runs; the target counts by the mean."""
     finished = [run for run in group.runs if run.finished]
-    facts = [" | ".join(sorted({value(run) or "-" for run in group.runs})) for value in (
-        lambda run: f"{run.num_steps:,}", lambda run: run.hardware, lambda run: run.torch)]
+    hardware, torch = (" | ".join(sorted({fact or "-" for fact in facts})) for facts in zip(
+        *((run.hardware, run.torch) for run in group.runs), strict=True))
     count = f"{len(finished)}" + (f" of {len(group.runs)}" if len(finished) < len(group.runs) else "")
-    if not finished:
-        return group.title, "-", "-", "-", "-", *facts[:1], count, *facts[1:]
-    losses = np.array([run.final[1] for run in finished])
-    target = finished[0].config["target"]
-    _, seconds, tokens_a_second = zip(*map(speed, finished), strict=True)
-    return (group.title, plus_minus(losses, ".4f"),
-            f"{'yes' if losses.mean() <= target else 'no'} ({(losses <= target).sum()} of {len(losses)} runs)",
-            plus_minus(seconds, ",.1f"), plus_minus(tokens_a_second, ",.0f"), *facts[:1], count, *facts[1:])
+    return group.title, *measures(finished), f"{group.runs[0].num_steps:,}", count, hardware, torch
 
 
 def page(groups: list[Group], optimizers: Picture | None = None) -> str:
