@@ -125,8 +125,8 @@ def name_groups(groups: list[list[Run]]) -> list[str]:
 def palette(count: int) -> list[str]:
     """Returns `count` colors, of which none is grey."""
     colors = [color for i, color in enumerate(plt.cm.tab10.colors) if i != 7]
-    return list(map(matplotlib.colors.to_hex, colors if count <= len(colors) else
-                    plt.cm.turbo(np.linspace(0.05, 0.95, count))))
+    return [matplotlib.colors.to_hex(color) for color in (
+        colors[:count] if count <= len(colors) else plt.cm.turbo(np.linspace(0.05, 0.95, count)))]
 
 
 def group_runs(runs: list[Run], baselines: list[Run]) -> list[Group]:
