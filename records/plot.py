@@ -225,15 +225,6 @@ def draw_panel(axis, groups: list[Group], row: int, limits: tuple[float, float])
     axis.grid(alpha=0.3)
 
 
-def how_to_read(groups: list[Group]) -> str:
-    windows = sorted({window_of(group.runs[0]) for group in groups})
-    window = f"mean of {windows[0]}" + (f" to {windows[-1]}" if len(windows) > 1 else "")
-    several = any(len(group.whole) > 1 for group in groups)
-    return (f"lines: training loss ({window} steps); dots: validation loss"
-            f"{'; bands and bars: ± standard deviation over the runs' if several else ''}; broken line across: target "
-            f"{' and '.join(f'{target:g}' for target in targets(groups))}")
-
-
 def describe(group: Group) -> str:
     """Returns the legend's text for the group: its name and last validation loss."""
     mean, spread = curve(group.whole, "val")
@@ -248,11 +239,16 @@ def describe(group: Group) -> str:
 
 
 def loss_picture(groups: list[Group]) -> Picture:
-    limits = loss_range(groups)
-    return Picture([(f"Loss against {name}", partial(draw_panel, groups=groups, row=row, limits=limits))
-                    for row, name in enumerate(AXES)],
-                   [(describe(group), dict(color=group.color, linestyle=group.line, **DOT)) for group in groups],
-                   how_to_read(groups))
+    limits, windows = loss_range(groups), sorted({window_of(group.runs[0]) for group in groups})
+    window = f"mean of {windows[0]}" + (f" to {windows[-1]}" if len(windows) > 1 else "")
+    several = any(len(group.whole) > 1 for group in groups)
+    return Picture(
+        [(f"Loss against {name}", partial(draw_panel, groups=groups, row=row, limits=limits))
+         for row, name in enumerate(AXES)],
+        [(describe(group), dict(color=group.color, linestyle=group.line, **DOT)) for group in groups],
+        f"lines: training loss ({window} steps); dots: validation loss"
+        f"{'; bands and bars: ± standard deviation over the runs' if several else ''}; broken line across: target "
+        f"{' and '.join(f'{target:g}' for target in targets(groups))}")
 
 
 def read_metrics(run: Run) -> dict[int, dict]:
@@ -284,7 +280,7 @@ def draw_figures(axis, lines: list[tuple], label: str, scale: str) -> None:
     """Draws lines of (steps, values, look) of one figure, or two."""
     for steps, values, look in lines:
         axis.plot(steps, values, linewidth=1.2, marker="." if len(steps) < 10 else None, **look)
-    axis.set_yscale(scale, **dict(nonpositive="mask") if scale == "log" else {})
+    axis.set_yscale(scale)
     axis.set_xlabel("steps")
     axis.set_ylabel(label)
     axis.locator_params(axis="x", nbins=6)
@@ -304,6 +300,8 @@ def optimizer_picture(groups: list[Group]) -> Picture | None:
         for ((_, runs), style), kind, key in itertools.product(zip(measured, DASHES, strict=False), kinds, keys):
             steps = sorted(set.intersection(*map(set, runs)))
             means = np.mean([[run[step].get(kind, {}).get(key, np.nan) for step in steps] for run in runs], axis=0)
+            if scale == "log":
+                means[means <= 0] = np.nan      # a gap, as where the file has null
             if not np.isnan(means).all():
                 lines.append((steps, means, dict(color=colors[kind], linestyle=style)))
         if lines:

@@ -55,7 +55,7 @@ def write_metrics(folder: Path, seed: int, kinds: tuple = ("blocks.*.<b>up", "em
     entries = [dict(step=step, parameters={kind: dict(zip(figures[:None if kind == kinds[0] else 5], random.random(9),
                                                           strict=False)) for kind in kinds}) for step in steps]
     if 0 in steps:
-        entries[0]["parameters"][kinds[0]]["update_to_weight"] = None     # of a weight that is zero
+        entries[0]["parameters"][kinds[0]].update(update_to_weight=None, weight=0, least_singular=0)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return {(entry["step"], kind, figure): value for entry in entries for kind, found in entry["parameters"].items()
             for figure, value in found.items()}
@@ -158,7 +158,7 @@ def test_tokens_follow_the_stages_of_the_trainer(tmp_path):
 
 
 def test_lines_of_the_optimizers(tmp_path):
-    """Each line against the means of the files' values: two seeds, and a group of one run, in which some is null."""
+    """Each line against the means of the files' values: two seeds, and one run in which some is null or 0."""
     wide, narrow = [write(tmp_path / "wide" / str(seed), seed) for seed in (1, 2)], write(tmp_path / "b", 3, lr=0.1)
     plain = write(tmp_path / "plain", 4, lr=0.2)
     first, second = (write_metrics(folder, seed) for seed, folder in enumerate(wide))
@@ -178,7 +178,8 @@ def test_lines_of_the_optimizers(tmp_path):
                 expected.setdefault((colors[kind], "-"), []).append(
                     [(step, (first[step, kind, figure] + second[step, kind, figure]) / 2) for step in range(4, 81, 4)])
                 expected.setdefault((colors[kind], "--"), []).append(
-                    [(step, third[step, kind, figure]) for step in range(0, 81, 8)])
+                    [(step, third[step, kind, figure] or (0 if scale == "linear" else None))
+                     for step in range(0, 81, 8)])
         assert panels[label][1].keys() == expected.keys()
         for key, lines in expected.items():
             np.testing.assert_allclose(panels[label][1][key], np.array(lines, dtype=float), rtol=1e-12)
