@@ -8,16 +8,22 @@
 A folder stands for all logs below it. Runs of the same source and config, but for seed and paths, make one group: one
 line through their mean, in a band of their standard deviation. A run that stopped before the others of its group is a
 thin line of its own, outside mean and band.
+
+The metrics.jsonl of runs with --optimizer_metrics_every is drawn against steps: on the page, and in optimizer.png
+beside loss.png, or with --out compare.png, in compare_optimizer.png. The lines are means over the runs of a group.
 """
 
 import argparse
 import base64
 import html
 import io
+import itertools
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from string import Template
 
@@ -33,7 +39,18 @@ from matplotlib.ticker import EngFormatter  # noqa: E402
 
 AXES = ("steps", "tokens", "seconds of training")
 LONGEST_NAME = 60               # characters, up to which a group's name tells its config too
-DASHES = {"--": "6 3", "-.": "6 2 2 2", ":": "2 2"}      # of baselines: matplotlib's, and SVG's for the page
+DASHES = {"-": "none", "--": "6 3", "-.": "6 2 2 2", ":": "2 2"}     # matplotlib's line styles: SVG's, for the page
+DOT = dict(marker="o", markersize=5, markeredgecolor="black", markeredgewidth=0.7)
+FIGURES = {                     # panels of what train_gpt.py's measure() writes: (label, scale) -> keys
+    ("norm of the gradient", "log"): ["gradient"],
+    ("norm of the weight", "log"): ["weight"],
+    ("norm of the update", "log"): ["update"],
+    ("RMS of the update", "log"): ["update_rms"],
+    ("norm of update / norm of weight", "log"): ["update_to_weight"],
+    ("orthogonality error", "linear"): ["orthogonality_error"],
+    ("least and largest singular value", "linear"): ["least_singular", "largest_singular"],
+    ("share of cautious decay", "linear"): ["decay_share"],
+}
 
 
 @dataclass(frozen=True)
@@ -56,18 +73,21 @@ class Group:
         return [run for run, end in zip(self.runs, ends, strict=True) if end == max(ends)]
 
 
+@dataclass(frozen=True)
+class Picture:
+    """Panels that have their legend in common: a PNG, or a part of the page."""
+    panels: list[tuple[str, Callable]]      # (words for it, what draws it on an Axes)
+    legend: list[tuple[str, dict]]          # (text, keywords of its Line2D)
+    reading: str                            # how to read it
+
+
 # The groups and their names.
-
-def plain(value: str | None) -> str:
-    """Returns a value of setting() as it is read: "adamw" without its quotes."""
-    return "none" if value is None else value.strip('"')
-
 
 def differences(groups: list[list[Run]]) -> dict[str, list[str]]:
     """Returns {field, num_steps or source: its value in each group} of those that differ between the groups."""
     settings = [setting(runs[0]) for runs in groups]
-    fields = dict.fromkeys(name for fields in settings for name in fields)
-    values = {name: [plain(fields.get(name)) for fields in settings] for name in fields}
+    values = {name: [fields.get(name, "none").strip('"') for fields in settings]
+              for name in dict.fromkeys(itertools.chain(*settings))}
     return {name: column for name, column in values.items() if len(set(column)) > 1}
 
 
@@ -102,22 +122,23 @@ def name_groups(groups: list[list[Run]]) -> list[str]:
     return longer if columns and max(map(len, longer)) <= LONGEST_NAME else found
 
 
+def palette(count: int) -> list[str]:
+    """Returns `count` colors, of which none is grey."""
+    colors = [color for i, color in enumerate(plt.cm.tab10.colors) if i != 7]
+    return [matplotlib.colors.to_hex(color) for color in (
+        colors[:count] if count <= len(colors) else plt.cm.turbo(np.linspace(0.05, 0.95, count)))]
+
+
 def group_runs(runs: list[Run], baselines: list[Run]) -> list[Group]:
     """Groups runs by setting, in the order given, baselines last; a log given twice counts once, as a baseline."""
-    found, seen = {}, set()
-    for baseline, some in ((True, baselines), (False, runs)):
-        for run in some:
-            if run.path.resolve() not in seen:
-                seen.add(run.path.resolve())
-                found.setdefault((baseline, json.dumps(setting(run), sort_keys=True)), []).append(run)
+    given, found = [(False, run) for run in runs] + [(True, run) for run in baselines], {}
+    for baseline, run in {run.path.resolve(): (baseline, run) for baseline, run in given}.values():
+        found.setdefault((baseline, json.dumps(setting(run), sort_keys=True)), []).append(run)
     keys = sorted(found, key=lambda key: key[0])
     count = sum(not baseline for baseline, _ in keys)
-    colors = [color for i, color in enumerate(plt.cm.tab10.colors) if i != 7]     # all but grey
-    palette = colors if count <= len(colors) else plt.cm.turbo(np.linspace(0.05, 0.95, count))
-    groups = []
+    colors, lines, groups = palette(count), list(DASHES)[1:], []
     for i, ((baseline, key), name) in enumerate(zip(keys, name_groups([found[key] for key in keys]), strict=True)):
-        color = "#808080" if baseline else matplotlib.colors.to_hex(palette[i])
-        line = list(DASHES)[(i - count) % len(DASHES)] if baseline else "-"
+        color, line = ("#808080", lines[(i - count) % len(lines)]) if baseline else (colors[i], "-")
         groups.append(Group(name, found[baseline, key], baseline, color, line))
     return groups
 
@@ -132,9 +153,7 @@ def tokens_after(run: Run) -> np.ndarray:
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Returns the mean of each value and up to window - 1 before it."""
-    sums, ends = np.concatenate([[0], np.cumsum(values)]), np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    return np.convolve(values, np.ones(window))[:len(values)] / np.minimum(np.arange(1, len(values) + 1), window)
 
 
 def window_of(run: Run) -> int:
@@ -193,24 +212,17 @@ def draw_panel(axis, groups: list[Group], row: int, limits: tuple[float, float])
                               linewidth=0)
         axis.plot(mean[row], mean[3], linewidth=1.6 if alone or len(group.whole) > 1 else 1, **look)
         mean, spread = curve(group.whole, "val")
-        axis.errorbar(mean[row], mean[3], xerr=spread[row], yerr=spread[3], fmt="o", color=group.color, markersize=5,
-                      markeredgecolor="black", markeredgewidth=0.7, elinewidth=1, zorder=3)
+        axis.errorbar(mean[row], mean[3], xerr=spread[row], yerr=spread[3], color=group.color, linestyle="none",
+                      elinewidth=1, zorder=3, **DOT)
     for target in targets(groups):
         axis.axhline(target, color="black", linestyle=(0, (5, 4)), linewidth=0.9)
     axis.set_ylim(*limits)
     axis.set_xlabel(AXES[row])
+    axis.set_ylabel("loss (nats a token)")
     axis.locator_params(axis="x", nbins=6)
     if AXES[row] == "tokens":
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.grid(alpha=0.3)
-
-
-def how_to_read(groups: list[Group]) -> str:
-    windows = sorted({window_of(group.runs[0]) for group in groups})
-    window = f"mean of {windows[0]}" + (f" to {windows[-1]}" if len(windows) > 1 else "")
-    several = any(len(group.whole) > 1 for group in groups)
-    return (f"lines: training loss ({window} steps); dots: validation loss" + (
-        "; bands and bars: ± standard deviation over the runs" if several else ""))
 
 
 def describe(group: Group) -> str:
@@ -226,25 +238,110 @@ def describe(group: Group) -> str:
     return text + (f" and {stopped} stopped before" if stopped else "")
 
 
-def draw(groups: list[Group], out: Path) -> None:
-    """Writes the picture of three panels, with the legend below them."""
-    labels = [describe(group) for group in groups] + [f"target {target:g}" for target in targets(groups)]
-    handles = [Line2D([], [], color=group.color, linestyle=group.line, marker="o", markersize=5,
-                      markeredgecolor="black", markeredgewidth=0.7) for group in groups]
-    handles += [Line2D([], [], color="black", linestyle=(0, (5, 4)), linewidth=0.9)] * len(targets(groups))
-    columns = max(1, min(4, len(labels), 180 // (max(map(len, labels)) + 8)))
-    rows = -(-len(labels) // columns)
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4.4 + 0.2 * rows), sharey=True, layout="constrained")
-    limits = loss_range(groups)
-    for row, axis in enumerate(axes):
-        draw_panel(axis, groups, row, limits)
-    axes[0].set_ylabel("loss (nats a token)")
-    legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False,
-                           handlelength=3, title=how_to_read(groups), title_fontsize=9)
+def loss_picture(groups: list[Group]) -> Picture:
+    limits, windows = loss_range(groups), sorted({window_of(group.runs[0]) for group in groups})
+    window = f"mean of {windows[0]}" + (f" to {windows[-1]}" if len(windows) > 1 else "")
+    several = any(len(group.whole) > 1 for group in groups)
+    return Picture(
+        [(f"Loss against {name}", partial(draw_panel, groups=groups, row=row, limits=limits))
+         for row, name in enumerate(AXES)],
+        [(describe(group), dict(color=group.color, linestyle=group.line, **DOT)) for group in groups],
+        f"lines: training loss ({window} steps); dots: validation loss"
+        f"{'; bands and bars: ± standard deviation over the runs' if several else ''}; broken line across: target "
+        f"{' and '.join(f'{target:g}' for target in targets(groups))}")
+
+
+def read_metrics(run: Run) -> dict[int, dict]:
+    """Returns {step: {parameters: {figure: value, or nan}}} of the run's metrics.jsonl, {} without one.
+
+    Of a step that a resumed run did again, the later line counts. Raises LogError where a line but the last is damaged.
+    """
+    path, found = run.folder / "metrics.jsonl", {}
+    if run.path.name != "log.txt" or not path.exists():
+        return {}
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise LogError(f"{path} cannot be read ({error.strerror}); make it readable, or move it away") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            found[int(entry["step"])] = {kind: {name: np.nan if value is None else float(value)
+                                                for name, value in figures.items()}
+                                         for kind, figures in entry["parameters"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            if number < len(lines):
+                raise LogError(f"{path}, line {number}: is no line of metrics; delete that line") from None
+            print(f"plot.py: left out: {path}, line {number}, the last: it is damaged, as by a kill", file=sys.stderr)
+    return found
+
+
+def draw_figures(axis, lines: list[tuple], label: str, scale: str) -> None:
+    """Draws lines of (steps, values, look) of one figure, or two."""
+    for steps, values, look in lines:
+        axis.plot(steps, values, linewidth=1.2, marker="." if len(steps) < 10 else None, **look)
+    axis.set_yscale(scale)
+    axis.set_xlabel("steps")
+    axis.set_ylabel(label)
+    axis.locator_params(axis="x", nbins=6)
+    axis.grid(alpha=0.3)
+
+
+def optimizer_picture(groups: list[Group]) -> Picture | None:
+    """Returns a panel a figure, with a color for each group of parameters and a line style for each group of runs.
+
+    Groups beyond the line styles are left out, which the picture says. None where there are no metrics.
+    """
+    measured = [(group, runs) for group in groups if (runs := list(filter(None, map(read_metrics, group.whole))))]
+    kinds = list(dict.fromkeys(kind for _, runs in measured for run in runs for step in run.values() for kind in step))
+    colors, panels = dict(zip(kinds, palette(len(kinds)), strict=True)), []
+    for (label, scale), keys in FIGURES.items():
+        lines = []
+        for ((_, runs), style), kind, key in itertools.product(zip(measured, DASHES, strict=False), kinds, keys):
+            steps = sorted(set.intersection(*map(set, runs)))
+            means = np.mean([[run[step].get(kind, {}).get(key, np.nan) for step in steps] for run in runs], axis=0)
+            if scale == "log":
+                means[means <= 0] = np.nan      # a gap, as where the file has null
+            if not np.isnan(means).all():
+                lines.append((steps, means, dict(color=colors[kind], linestyle=style)))
+        if lines:
+            panels.append((label, partial(draw_figures, lines=lines, label=label, scale=scale)))
+    legend = [(kind, dict(color=color, linestyle="-")) for kind, color in colors.items()]
+    reading = ("norms: Frobenius; of Muon's updates, before rate and scale: orthogonality error (0: orthogonal) and "
+               "singular values; cautious decay acts where update and weight agree in sign")
+    if len(measured) > 1:
+        legend += [(group.title, dict(color="#000000", linestyle=style))
+                   for (group, _), style in zip(measured, DASHES, strict=False)]
+    if len(measured) > len(DASHES):
+        reading += f"; only the first {len(DASHES)} of {len(measured)} groups: plot the others apart"
+    if any(len(runs) > 1 for _, runs in measured):
+        reading += "; lines: means over runs"
+    return Picture(panels, legend, reading) if panels else None
+
+
+def save(picture: Picture, out: Path) -> None:
+    """Writes the panels, up to four in a row, with the legend below them."""
+    texts = [text for text, _ in picture.legend]
+    columns, keys = min(4, len(picture.panels)), max(1, min(4, len(texts), 180 // (max(map(len, texts)) + 8)))
+    rows = -(-len(picture.panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.4 * rows + 1 - 0.2 * (-len(texts) // keys)),
+                                layout="constrained", squeeze=False)
+    for axis, (_, draw) in zip(axes.flat, picture.panels, strict=False):
+        draw(axis)
+    for axis in axes.flat[len(picture.panels):]:
+        axis.remove()
+    legend = figure.legend([Line2D([], [], **look) for _, look in picture.legend], texts, loc="outside lower center",
+                           ncols=keys, fontsize=9, frameon=False, handlelength=3, title=picture.reading,
+                           title_fontsize=9)
     for text in legend.get_texts():
         text.set_parse_math(False)      # a name may hold dollar signs
     figure.savefig(out, dpi=110)
     plt.close(figure)
+
+
+def draw(groups: list[Group], out: Path) -> None:
+    """Writes the picture of the losses."""
+    save(loss_picture(groups), out)
 
 
 # The page.
@@ -274,7 +371,8 @@ td.words { white-space: normal; min-width: 10rem; }
 thead th { color: var(--faint); font-weight: 500; vertical-align: bottom; }
 tbody th { font-weight: 500; min-width: clamp(7rem, 20vw, 18rem); overflow-wrap: anywhere; padding-left: 36px;
   position: relative; }
-svg { position: absolute; left: 0; top: calc(0.3rem + 0.7em - 5px); }
+th svg { position: absolute; left: 0; top: calc(0.3rem + 0.7em - 5px); }
+p span { display: inline-block; margin-right: 1.2rem; overflow-wrap: anywhere; }
 @media (prefers-color-scheme: dark) {
   :root { --text: #e6e6e6; --faint: #a3a3a3; --rule: #3a3a3a; --back: #161616; }
   img, svg { filter: invert(0.92) hue-rotate(180deg); }
@@ -284,12 +382,11 @@ svg { position: absolute; left: 0; top: calc(0.3rem + 0.7em - 5px); }
 <body>
 <h1>$title</h1>
 $groups
-<div class="plots">
 $plots
-</div>
-<p>Plots: $reading</p>
+<p>Plots: $reading.</p>
 <p>Groups are runs of the same source and config, but for seed and paths. Their figures: mean of the finished runs,
 ± standard deviation. A group reaches the target by its mean.</p>
+$optimizers
 <h2>Config differences between the groups</h2>
 $differences
 <h2>Runs</h2>
@@ -299,16 +396,40 @@ $runs
 """)
 
 
+def mark(color: str, line: str) -> str:
+    """Returns a piece of that line, for a table or a legend."""
+    return (f'<svg width="30" height="10" aria-hidden="true"><path d="M0 5H30" stroke="{color}" stroke-width="2.5" '
+            f'stroke-dasharray="{DASHES[line]}"/></svg>')
+
+
+def images(picture: Picture) -> str:
+    """Returns the panels as HTML images that hold their data."""
+    found = []
+    for words, draw in picture.panels:
+        figure, axis = plt.subplots(figsize=(5, 3.8), layout="constrained")
+        draw(axis)
+        data = io.BytesIO()
+        figure.savefig(data, format="png", dpi=160, transparent=True)
+        plt.close(figure)
+        found.append(f'<img width="800" height="608" alt="{html.escape(words)}" src="data:image/png;base64,'
+                     f'{base64.b64encode(data.getvalue()).decode()}">')
+    return '<div class="plots">\n' + "\n".join(found) + "\n</div>"
+
+
+def section(picture: Picture) -> str:
+    """Returns the part of the page on the optimizers."""
+    legend = "\n".join(f"<span>{mark(look['color'], look['linestyle'])} {html.escape(text)}</span>"
+                       for text, look in picture.legend)
+    return f"<h2>Inside the optimizers</h2>\n<p>{legend}</p>\n{images(picture)}\n<p>{html.escape(picture.reading)}.</p>"
+
+
 def table(label: str, head: list[str], rows: list[tuple], groups: list[Group]) -> str:
     """Returns an HTML table in a box that scrolls, a row with the mark of its group; the texts are escaped here."""
     lines = []
     for row, group in zip(rows, groups, strict=True):
-        dashes = f' stroke-dasharray="{DASHES[group.line]}"' if group.baseline else ""
-        mark = (f'<svg width="30" height="10" aria-hidden="true"><path d="M0 5H30" stroke="{group.color}" '
-                f'stroke-width="2.5"{dashes}/></svg>')
         first, *others = (html.escape(str(text)) for text in row)
         cells = "".join(f"<td{' class=words' if len(text) > 20 else ''}>{text}</td>" for text in others)
-        lines.append(f'<tr><th scope="row">{mark}{first}</th>{cells}</tr>')
+        lines.append(f'<tr><th scope="row">{mark(group.color, group.line)}{first}</th>{cells}</tr>')
     titles = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in head)
     return (f'<div class="scroll" role="region" aria-label="{html.escape(label)}" tabindex="0">\n<table>\n'
             f"<thead><tr>{titles}</tr></thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody>\n</table>\n</div>")
@@ -321,43 +442,34 @@ def speed(run: Run) -> tuple[int, float, float]:
     return steps, seconds, tokens_after(run)[steps] / seconds
 
 
+def measures(runs: list[Run]) -> list[str]:
+    """Returns the cells on loss, target and speed of a run, or of a group's finished runs, whose mean loss counts."""
+    if not runs:
+        return ["-"] * 4
+    losses, target = np.array([run.final[1] for run in runs if run.finished]), runs[0].config["target"]
+    _, seconds, tokens_a_second = zip(*map(speed, runs), strict=True)
+    several = f" ({(losses <= target).sum()} of {len(runs)} runs)" if len(runs) > 1 else ""
+    final = [plus_minus(losses, ".4f"), ("yes" if losses.mean() <= target else "no") + several] if len(losses) else "--"
+    return [*final, plus_minus(seconds, ",.1f"), plus_minus(tokens_a_second, ",.0f")]
+
+
 def run_row(run: Run, group: Group) -> tuple:
-    steps, seconds, tokens_a_second = speed(run)
-    loss = f"{run.final[1]:.4f}" if run.finished else "-"
-    reached = ("yes" if run.final[1] <= run.config["target"] else "no") if run.finished else "-"
-    done = f"{steps:,}" if run.finished else f"{steps:,} of {run.num_steps:,}"
-    return (run.name, loss, reached, f"{seconds:,.1f}", f"{tokens_a_second:,.0f}", done, run.config.get("seed", "-"),
-            group.title, run.hardware or "-", run.torch or "-")
+    steps = f"{speed(run)[0]:,}" + ("" if run.finished else f" of {run.num_steps:,}")
+    return (run.name, *measures([run]), steps, run.config.get("seed", "-"), group.title, run.hardware or "-",
+            run.torch or "-")
 
 
 def group_row(group: Group) -> tuple:
-    """Mean and standard deviation of the finished runs; the target counts by the mean."""
     finished = [run for run in group.runs if run.finished]
-    facts = [" | ".join(sorted({value(run) or "-" for run in group.runs})) for value in (
-        lambda run: f"{run.num_steps:,}", lambda run: run.hardware, lambda run: run.torch)]
+    hardware, torch = (" | ".join(sorted({fact or "-" for fact in facts})) for facts in zip(
+        *((run.hardware, run.torch) for run in group.runs), strict=True))
     count = f"{len(finished)}" + (f" of {len(group.runs)}" if len(finished) < len(group.runs) else "")
-    if not finished:
-        return group.title, "-", "-", "-", "-", *facts[:1], count, *facts[1:]
-    losses = np.array([run.final[1] for run in finished])
-    target = finished[0].config["target"]
-    _, seconds, tokens_a_second = zip(*map(speed, finished), strict=True)
-    return (group.title, plus_minus(losses, ".4f"),
-            f"{'yes' if losses.mean() <= target else 'no'} ({(losses <= target).sum()} of {len(losses)} runs)",
-            plus_minus(seconds, ",.1f"), plus_minus(tokens_a_second, ",.0f"), *facts[:1], count, *facts[1:])
+    return group.title, *measures(finished), f"{group.runs[0].num_steps:,}", count, hardware, torch
 
 
-def page(groups: list[Group]) -> str:
+def page(groups: list[Group], optimizers: Picture | None = None) -> str:
     """Returns the page, which refers to nothing outside itself."""
-    plots, limits = [], loss_range(groups)
-    for row, name in enumerate(AXES):
-        figure, axis = plt.subplots(figsize=(5, 3.8), layout="constrained")
-        draw_panel(axis, groups, row, limits)
-        axis.set_ylabel("loss (nats a token)")
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=160, transparent=True)
-        plt.close(figure)
-        plots.append(f'<img width="800" height="608" alt="Loss against {name}" src="data:image/png;base64,'
-                     f'{base64.b64encode(picture.getvalue()).decode()}">')
+    losses = loss_picture(groups)
     columns = differences([group.runs for group in groups])
     members = [(run, group) for group in groups for run in group.runs]
     measures = ["final validation loss", "target reached", "seconds of training", "tokens a second", "steps"]
@@ -365,9 +477,8 @@ def page(groups: list[Group]) -> str:
         title=html.escape(groups[0].name if len(groups) == 1 else f"{len(members)} runs in {len(groups)} groups"),
         groups=table("Groups", ["group", *measures, "finished runs", "hardware", "torch"], list(map(group_row, groups)),
                      groups),
-        plots="\n".join(plots),
-        reading=html.escape(f"{how_to_read(groups)}; broken line across: target "
-                            f"{' and '.join(f'{target:g}' for target in targets(groups))}."),
+        plots=images(losses), reading=html.escape(losses.reading),
+        optimizers=section(optimizers) if optimizers else "",
         differences=table("Config differences", ["group", *columns], [
             (group.title, *(column[i] for column in columns.values())) for i, group in enumerate(groups)], groups)
         if columns else "<p>None: all runs have the same source and config, but for seed and paths.</p>",
@@ -403,18 +514,22 @@ def main():
         parser.error(f"--out {out}: must end in one of .{', .'.join(formats)}")
     try:
         runs, baselines = read_trained(args.runs), read_trained(args.baseline)
-    except LogError as error:
-        sys.exit(f"plot.py: {error}")
-    if not runs:
-        sys.exit("plot.py: no run is left to draw; give the log of a run that trained")
-    groups = group_runs(runs, baselines)
-    try:
+        if not runs:
+            sys.exit("plot.py: no run is left to draw; give the log of a run that trained")
+        groups = group_runs(runs, baselines)
+        optimizers = optimizer_picture(groups)
         if out:
             draw(groups, out)
             print(f"plot: {out}")
+        if out and optimizers:
+            beside = out.with_name(f"{out.stem}_optimizer{out.suffix}" if args.out else "optimizer.png")
+            save(optimizers, beside)
+            print(f"plot: {beside}")
         if args.html:
-            args.html.write_text(page(groups), encoding="utf-8")
+            args.html.write_text(page(groups, optimizers), encoding="utf-8")
             print(f"page: {args.html}")
+    except LogError as error:
+        sys.exit(f"plot.py: {error}")
     except OSError as error:
         sys.exit(f"plot.py: {error.filename} cannot be written ({error.strerror}); name another file")
 

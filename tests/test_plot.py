@@ -6,6 +6,7 @@ import hashlib
 import html.parser
 import importlib
 import io
+import itertools
 import json
 import os
 import re
@@ -46,6 +47,33 @@ def write(folder: Path, seed: int = 0, stop: int | None = None, num_steps: int =
     folder.mkdir(parents=True)
     (folder / "log.txt").write_text(text)
     return folder
+
+
+def write_metrics(folder: Path, seed: int, kinds: tuple = ("blocks.*.<b>up", "embed"), steps=range(4, 81, 4)) -> dict:
+    """Writes metrics.jsonl of a matrix of Muon's and of others; returns {(step, kind, figure): value}."""
+    random, figures = np.random.default_rng(seed), list(itertools.chain(*plot.FIGURES.values()))
+    entries = [dict(step=step, parameters={kind: dict(zip(figures[:None if kind == kinds[0] else 5], random.random(9),
+                                                          strict=False)) for kind in kinds}) for step in steps]
+    if 0 in steps:
+        entries[0]["parameters"][kinds[0]].update(update_to_weight=None, weight=0, least_singular=0)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return {(entry["step"], kind, figure): value for entry in entries for kind, found in entry["parameters"].items()
+            for figure, value in found.items()}
+
+
+def drawn(groups: list) -> dict:
+    """Returns {label of a panel: (scale, {(color, line style): [x and y of its lines]})} of the optimizers' picture."""
+    panels = {}
+    for words, draw in plot.optimizer_picture(groups).panels:
+        figure, axis = plt.subplots()
+        draw(axis)
+        lines = {}
+        for line in axis.lines:
+            lines.setdefault((line.get_color(), line.get_linestyle()), []).append(line.get_xydata())
+        assert axis.get_xlabel() == "steps" and axis.get_ylabel() == words
+        panels[words] = (axis.get_yscale(), lines)
+        plt.close(figure)
+    return panels
 
 
 def groups_of(*folders: Path, baseline: tuple = ()) -> list:
@@ -129,6 +157,67 @@ def test_tokens_follow_the_stages_of_the_trainer(tmp_path):
     assert plot.speed(run)[2] == pytest.approx(run.summary["tokens_per_second"], rel=1e-5)
 
 
+def test_lines_of_the_optimizers(tmp_path):
+    """Each line against the means of the files' values: two seeds, and one run in which some is null or 0."""
+    wide, narrow = [write(tmp_path / "wide" / str(seed), seed) for seed in (1, 2)], write(tmp_path / "b", 3, lr=0.1)
+    plain = write(tmp_path / "plain", 4, lr=0.2)
+    first, second = (write_metrics(folder, seed) for seed, folder in enumerate(wide))
+    third = write_metrics(narrow, 7, steps=range(0, 81, 8))
+    groups = groups_of(tmp_path / "wide", plain, narrow)
+    picture, panels = plot.optimizer_picture(groups), drawn(groups)
+    colors = {text: look["color"] for text, look in picture.legend[:2]}
+    styles = {look["linestyle"]: text for text, look in picture.legend[2:]}
+    assert list(colors) == ["blocks.*.<b>up", "embed"] and len(set(colors.values())) == 2
+    assert styles == {"-": groups[0].title, "--": groups[2].title}
+    for (label, scale), figures in plot.FIGURES.items():
+        assert panels[label][0] == scale == ("log" if figures[0] in ("gradient", "weight") or "update" in figures[0]
+                                             else "linear")
+        expected = {}
+        for kind, figure in itertools.product(colors, figures):
+            if (4, kind, figure) in first:
+                expected.setdefault((colors[kind], "-"), []).append(
+                    [(step, (first[step, kind, figure] + second[step, kind, figure]) / 2) for step in range(4, 81, 4)])
+                expected.setdefault((colors[kind], "--"), []).append(
+                    [(step, third[step, kind, figure] or (0 if scale == "linear" else None))
+                     for step in range(0, 81, 8)])
+        assert panels[label][1].keys() == expected.keys()
+        for key, lines in expected.items():
+            np.testing.assert_allclose(panels[label][1][key], np.array(lines, dtype=float), rtol=1e-12)
+    assert len(panels) == 8 and len(panels["least and largest singular value"][1][colors["blocks.*.<b>up"], "-"]) == 2
+    assert "means over runs" in picture.reading and "only the first" not in picture.reading
+
+    # AdamW alone has no panels of Muon's; of many groups the first are drawn, which is said; without metrics, nothing.
+    write_metrics(plain, 1, kinds=("none", "embed"))
+    path = plain / "metrics.jsonl"
+    path.write_text(re.sub(r'"none": {[^}]*}', '"none": {}', path.read_text()))
+    assert len(drawn(groups_of(plain))) == 5 and len(plot.optimizer_picture(groups_of(plain)).legend) == 2
+    for i in range(3):
+        write_metrics(write(tmp_path / "many" / str(i), lr=i), i)
+    many = plot.optimizer_picture(groups_of(tmp_path))
+    assert len(many.legend) == 3 + 4 and "only the first 4 of 6 groups" in many.reading
+    assert plot.optimizer_picture(groups_of(write(tmp_path / "last"))) is None
+
+
+def test_damaged_metrics(tmp_path, capsys):
+    """A last line that a kill cut off is left out, the later of two lines counts, damage elsewhere is an error."""
+    folder = write(tmp_path / "run")
+    write_metrics(folder, 1)
+    path, (run,) = folder / "metrics.jsonl", plot.read_runs([folder])
+    lines, known = path.read_text().splitlines(), plot.read_metrics(run)
+    assert sorted(known) == list(range(4, 81, 4)) and capsys.readouterr().err == ""
+    path.write_text("\n".join(lines)[:-30])
+    assert plot.read_metrics(run) == {step: known[step] for step in range(4, 80, 4)}
+    assert capsys.readouterr().err == (f"plot.py: left out: {path}, line 20, the last: it is damaged, as by a kill\n")
+    again = lines[4].replace('"step": 20', '"step": 16')
+    path.write_text("\n".join([*lines[:4], again]) + "\n")
+    assert plot.read_metrics(run) == {**{step: known[step] for step in (4, 8, 12)}, 16: known[20]}
+    for damaged in (lines[2][:40], lines[2][:40] + lines[3], "", "[]", '{"step": 8}', '{"step": 8, "parameters": []}',
+                    '{"step": null, "parameters": {}}', '{"step": 8, "parameters": {"embed": {"update": "x"}}}'):
+        path.write_text("\n".join([*lines[:2], damaged, *lines[2:]]))
+        with pytest.raises(logs.LogError, match=re.escape(f"{path}, line 3: is no line of metrics; delete that line")):
+            plot.read_metrics(run)
+
+
 def test_command_line(tmp_path, monkeypatch, capsys):
     def main(*arguments):
         monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, arguments)])
@@ -147,6 +236,17 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert f"left out: {untrained / 'log.txt'} has no training loss of train_gpt.py" in done.err
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert Reader(page).words.count(r"$\frac$ <b>") == 5 and "untrained" not in page     # titles and tables
+    assert "Inside the optimizers" not in page and {file.name for file in run.iterdir()} == {"log.txt", "loss.png"}
+    write_metrics(run, 1)
+    done = main(run, "--html", tmp_path / "page.html", "--out", tmp_path / "x.png")
+    assert done.out.split("\n")[:2] == [f"plot: {tmp_path / name}" for name in ("x.png", "x_optimizer.png")]
+    assert "Inside the optimizers" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert main(run).out == f"plot: {run / 'loss.png'}\nplot: {run / 'optimizer.png'}\n"
+    assert plt.imread(run / "optimizer.png").shape[1] == 1760     # four panels in a row
+    (run / "metrics.jsonl").write_text("x\n\n")
+    (run / "loss.png").unlink()
+    assert main(run).startswith(f"plot.py: {run / 'metrics.jsonl'}, line 1: ") and not (run / "loss.png").exists()
+    (run / "metrics.jsonl").unlink()
     for arguments, words in (
             ([untrained], "no run is left to draw"), ([tmp_path / "none"], "none does not exist"),
             ([run, "--out", tmp_path / "x.txt"], "must end in one of"),
@@ -194,26 +294,30 @@ class Reader(html.parser.HTMLParser):
 
 
 def make_page(folder: Path) -> Path:
-    """Writes the page of two groups, one of them a baseline; a run's name is hostile."""
+    """Writes the page of two groups, one of them a baseline, both with metrics; names are hostile."""
     for seed in (1, 4):
         write(folder / "base" / f"seed{seed}", seed)
     hostile = write(folder / "tweak" / '<img src=x onerror=alert(1)>&"', 5, lr=0.003, matrix_optimizer="<b>adamw</b>")
     stopped = write(folder / "tweak" / "stopped", 6, stop=30, lr=0.003, matrix_optimizer="<b>adamw</b>")
-    path = folder / "page.html"
-    path.write_text(plot.page(groups_of(hostile, stopped, baseline=(folder / "base",))), encoding="utf-8")
+    for i, run in enumerate((hostile, stopped, folder / "base" / "seed1")):
+        write_metrics(run, i)
+    path, groups = folder / "page.html", groups_of(hostile, stopped, baseline=(folder / "base",))
+    path.write_text(plot.page(groups, plot.optimizer_picture(groups)), encoding="utf-8")
     return path
 
 
 def test_page_has_the_figures_of_the_logs(tmp_path):
     page = make_page(tmp_path).read_text(encoding="utf-8")
     reader = Reader(page)
-    assert page.startswith("<!DOCTYPE html>") and len(reader.references) == 3
+    assert page.startswith("<!DOCTYPE html>") and len(reader.references) == 3 + 8
     for reference in reader.references:
         kind, _, data = reference.partition(",")
         assert kind == "data:image/png;base64" and base64.b64decode(data).startswith(b"\x89PNG")
         page = page.replace(data, "")
     assert not re.search(r"//|url\(|@import", page)
     groups, differences, runs = reader.tables
+    legend = reader.words.split("Inside the optimizers")[1].split("norms:")[0].split("\n")
+    assert [line.strip() for line in legend if line.strip()] == ["blocks.*.<b>up", "embed", groups[1][0], groups[2][0]]
     assert [row[0] for row in groups] == ["group", "tweak (lr 0.003, matrix_optimizer <b>adamw</b>)",
                                           "baseline base (lr 0.002, matrix_optimizer muon)"]
     assert [row[1:] for row in differences] == [["lr", "matrix_optimizer"], ["0.003", "<b>adamw</b>"],
@@ -336,11 +440,12 @@ def check(seen: dict, width: int) -> None:
     assert not seen["complaints"], f"complaints: {seen['complaints']}"
     assert seen["mode"] == "CSS1Compat" and seen["width"] <= width, "layout"
     assert "Config differences" in seen["text"] and '<img src=x onerror=alert(1)>&"' in seen["text"], "text"
-    assert len(seen["images"]) == 3, "images"
+    assert "Inside the optimizers" in seen["text"] and "blocks.*.<b>up" in seen["text"], "text"
+    assert len(seen["images"]) == 3 + 8, "images"
     for natural, *box in seen["images"]:
         x, y, width, height = map(round, box)
         part = seen["picture"][y:y + height, x:x + width].reshape(-1, 3)
-        blue = (part[:, 2] > part[:, 0] + 0.2).sum()     # of the one group that is no baseline
+        blue = (part[:, 2] > part[:, 0] + 0.2).sum()     # of the one group that is no baseline, of Muon's matrix
         assert natural and width > 300 and blue > 100, f"images: {blue} blue points in {width}x{height}"
 
 
