@@ -39,7 +39,7 @@ EQUAL_TIME = 0.02               # relative difference of mean times that still c
 MODDED_TARGET = 3.28            # of modded-nanogpt's tracks 1 and 3
 # Fields of Config that may differ between the runs of a side: they change neither the result nor its time.
 RUNS_OWN = {"seed", "train_files", "val_files", "log_dir", "run_id", "resume", "val_every", "save_every",
-            "collective_timeout"}
+            "collective_timeout", "optimizer_metrics_every"}
 
 
 @dataclass(frozen=True)
