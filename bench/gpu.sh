@@ -2,7 +2,8 @@
 # The GPU checks of bench/README.md, on one GPU, in parts of under 10 minutes each, with no network:
 #   bench/gpu.sh tests     the tests marked cuda
 #   bench/gpu.sh small     50 steps of the small track on local text: tokens a second, MFU, memory, compile seconds
-#   bench/gpu.sh all       both
+#   bench/gpu.sh optimizers   a step of each optimizer on the 124M model's matrices, and the state it takes
+#   bench/gpu.sh all       all of them
 # PYTHON names the interpreter (default: python3; torch 2.11 or newer), OUT a folder for the logs (default: logs/gpu).
 # The text is the Python sources of the interpreter's own site-packages in GPT-2 tokens; TIKTOKEN_CACHE_DIR must name a
 # folder with r50k_base (default: .tiktoken).
@@ -27,9 +28,14 @@ small() {
         --log_dir "$out" "${@:2}"
 }
 
+optimizers() {
+    "$python" bench/optimizers.py --device cuda --rounds 20 | tee "$out/optimizers.txt"
+}
+
 case ${1:-} in
     tests) tests ;;
     small) small "$@" ;;
-    all) tests && small ;;
-    *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    optimizers) optimizers ;;
+    all) tests && optimizers && small ;;
+    *) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac

@@ -28,6 +28,25 @@ def test_bf16_newton_schulz(shape):
     assert values.min() >= 0.6 and values.max() <= 1.25
 
 
+def test_a_step_of_muon_compiled_and_eager_with_no_synchronisation():
+    """The same update to bf16's rounding; after the first step nothing makes the host wait for the GPU."""
+    results = []
+    for compiled in (False, True):
+        model = small_model(normuon_beta2=0.9, matrix_weight_decay=0.1, decay_kind="cautious").cuda()
+        optimizer = train_gpt.make_optimizers(model, model.config, torch.bfloat16, compiled)[0][1]
+        generator = torch.Generator("cuda").manual_seed(0)
+        for step in range(3):
+            for p, _ in optimizer.members():
+                p.grad = torch.randn(p.shape, device="cuda", generator=generator)
+            torch.cuda.set_sync_debug_mode("error" if step else "default")
+            try:
+                optimizer.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        results.append(torch.cat([p.detach().flatten() for p, _ in optimizer.members()]))
+    assert (results[0] - results[1]).norm() / results[0].norm() < 0.01
+
+
 def test_a_run_learns_compiled_and_eager_and_resumes(text, tmp_path):
     """The same losses to bf16's rounding with and without torch.compile, and after a resume."""
     for name in ("on", "off"):
