@@ -33,10 +33,10 @@ import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate, groupby, repeat
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import numpy as np
 import torch
@@ -51,13 +51,12 @@ class RunError(Exception):
     """Bad input, or a run that cannot go on: the message names the file or option, the value and the remedy."""
 
 # ======== 1. Config and tracks: every tunable of a run. A tweak is a diff of this file; `--name value` serves sweeps. =
-
 FREE = True     # marks a knob that a resume may change
 
 def knob(tiny, small, meaning: str, free: bool = False):
     """A row of Config: its value on each track (`...`: as on tiny), what it means, and whether it is FREE."""
-    small = tiny if small is ... else small
-    return dataclasses.field(default=tiny, metadata=dict(small=small, meaning=meaning, free=free))
+    return dataclasses.field(default=tiny, metadata=dict(tiny=tiny, small=tiny if small is ... else small,
+                                                         meaning=meaning, free=free))
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -123,35 +122,28 @@ class Config:
     prime_steps: int        = knob(2,        ...,       "dummy steps before the clock starts, for compilation", FREE)
     collective_timeout: float = knob(600.0,  ...,       "seconds that a rank waits for the others", FREE)
 
-    @property
-    def model_dim(self) -> int:
-        return self.num_heads * self.head_dim
-    @property
-    def padded_vocab_size(self) -> int:
-        return -(-self.vocab_size // 64) * 64
+    model_dim = property(lambda self: self.num_heads * self.head_dim)
+    padded_vocab_size = property(lambda self: -(-self.vocab_size // 64) * 64)
 
     def __post_init__(self):
-        def check(good, name, remedy):
-            if not good:
-                raise RunError(f"--{name} {getattr(self, name)}: {remedy}")
-        for name, value in vars(self).items():
-            for number in value if isinstance(value, tuple) else (value,):
-                check(isinstance(number, str) or 0 <= number < math.inf, name, "must be a finite number, not negative")
-        for name in ("vocab_size", "val_tokens", "seq_len", "num_layers", "num_heads", "head_dim", "mlp_ratio", "lr",
-                     "num_steps", "ns_steps", "rope_base", "attention_scale", "logit_softcap", "collective_timeout"):
-            check(getattr(self, name) > 0, name, "must be above 0")
-        check(self.vocab_size <= 2**16, "vocab_size", "shards hold uint16: at most 65536")
-        check(self.head_dim % 2 == 0, "head_dim", "rotary positions turn pairs of channels: give an even number")
-        for name in ("val_tokens", "batch_tokens"):
-            value = getattr(self, name)
-            check(all(n and n % self.seq_len == 0 for n in (value if isinstance(value, tuple) else [value])), name,
-                  f"must be a positive multiple of --seq_len {self.seq_len}")
-        check(len(self.betas) == 2 and max(self.betas) < 1, "betas", "must be two numbers below 1, such as 0.9,0.95")
-        limits = dict(momentum=1, momentum_start=1, normuon_beta2=1, final_lr_frac=1, warmup_steps=self.num_steps,
-                      seed=2**32)
-        for name, limit in limits.items():
-            check(getattr(self, name) <= limit, name, f"must be at most {limit}")
-        check(re.fullmatch(r"[\w.-]*", self.run_id), "run_id", "names a folder: letters, digits, '.', '_' and '-' only")
+        def require(names, holds, remedy):
+            for name in names.split():
+                value = getattr(self, name)
+                if not all(map(holds, value if isinstance(value, tuple) else [value])):
+                    raise RunError(f"--{name} {value}: {remedy}")
+        require(" ".join(FIELDS), lambda x: isinstance(x, str) or 0 <= x < math.inf,
+                "must be a finite number, not negative")
+        require("vocab_size val_tokens seq_len num_layers num_heads head_dim mlp_ratio lr num_steps ns_steps rope_base "
+                "attention_scale logit_softcap collective_timeout", lambda x: x > 0, "must be above 0")
+        require("vocab_size", lambda x: x <= 2**16, "shards hold uint16: at most 65536")
+        require("head_dim", lambda x: x % 2 == 0, "rotary positions turn pairs of channels: give an even number")
+        require("val_tokens batch_tokens", lambda x: x and x % self.seq_len == 0,
+                f"must be a positive multiple of --seq_len {self.seq_len}")
+        require("betas", lambda x: len(self.betas) == 2 and x < 1, "must be two numbers below 1, such as 0.9,0.95")
+        for names, limit in (("momentum momentum_start normuon_beta2 final_lr_frac", 1), ("seed", 2**32),
+                             ("warmup_steps", self.num_steps)):
+            require(names, lambda x, limit=limit: x <= limit, f"must be at most {limit}")
+        require("run_id", re.compile(r"[\w.-]*").fullmatch, "names a folder: letters, digits, '.', '_' and '-' only")
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 TRACKS = get_args(FIELDS["track"].type)
@@ -162,13 +154,10 @@ def parse_command_line(arguments: list[str]) -> dict:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("track", nargs="?", help=" or ".join(TRACKS))
     for f in list(FIELDS.values())[1:]:
-        options = dict(type=f.type, metavar={int: "N", float: "X", str: "TEXT"}.get(f.type))
-        if get_origin(f.type) is Literal:
-            options = dict(choices=get_args(f.type))
-        elif get_origin(f.type) is tuple:
-            def numbers(text, f=f):
-                return tuple(map(get_args(f.type)[0], text.split(",")))
-            options = dict(type=numbers, metavar="N,..")
+        def numbers(text, f=f):
+            return tuple(map(get_args(f.type)[0], text.split(",")))
+        options = {Literal: dict(choices=get_args(f.type)), tuple: dict(type=numbers, metavar="N,..")}.get(
+            get_origin(f.type), dict(type=f.type, metavar={int: "N", float: "X", str: "TEXT"}.get(f.type)))
         if f.name == "compile":
             options.update(nargs="?", const="on")     # --compile alone means on
         small = "" if f.metadata["small"] == f.default else f"; small {f.metadata['small']!r}"
@@ -177,11 +166,11 @@ def parse_command_line(arguments: list[str]) -> dict:
         known, unknown = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise RunError(f"{error}; --help lists the fields and their kinds") from None
-    for word, names in [(word, FIELDS) for word in unknown] + [(known.track or "tiny", TRACKS)]:
-        if names is FIELDS or word not in TRACKS:
-            near = difflib.get_close_matches(word.lstrip("-").split("=")[0], names, n=1)
-            raise RunError(f"{word}: no such {'track' if names is TRACKS else 'field of Config'}; "
-                           + (f"did you mean {near[0]}?" if near else f"--help lists them: {', '.join(names)}"))
+    if unknown or known.track not in (None, *TRACKS):
+        word, kind, names = (unknown[0], "field of Config", FIELDS) if unknown else (known.track, "track", TRACKS)
+        near = difflib.get_close_matches(word.lstrip("-").split("=")[0], names, n=1)
+        raise RunError(f"{word}: no such {kind}; "
+                       + (f"did you mean {near[0]}?" if near else f"--help lists them: {', '.join(names)}"))
     return {name: value for name, value in vars(known).items() if value is not None}
 
 def make_config(given: dict, saved: dict | None = None) -> Config:
@@ -189,8 +178,7 @@ def make_config(given: dict, saved: dict | None = None) -> Config:
     if saved is None:
         if "track" not in given:
             raise RunError(f"no track named: give one of {', '.join(TRACKS)} (./run.sh chooses one by the hardware)")
-        preset = {name: f.metadata["small"] if given["track"] == "small" else f.default for name, f in FIELDS.items()}
-        return Config(**{**preset, **given})
+        return Config(**{name: f.metadata[given["track"]] for name, f in FIELDS.items()} | given)
     if odd := sorted(saved.keys() ^ FIELDS.keys()):
         raise RunError(f"--resume {given['resume']}: a version of this file without, or with, {', '.join(odd)} wrote "
                        "it; resume with that version, or take the weights alone with --init_from")
@@ -203,8 +191,7 @@ def make_config(given: dict, saved: dict | None = None) -> Config:
     return Config(**{**saved, "log_dir": str(folder.parent), "run_id": folder.name, **given})
 
 # ======== 2. Processes, log and clock. ================================================================================
-@dataclasses.dataclass(frozen=True)
-class World:
+class World(NamedTuple):
     """Where this process stands among the processes of the run; alone, without torchrun, it is rank 0 of 1."""
     rank: int
     size: int
@@ -221,26 +208,25 @@ class World:
             raise RunError(f"rank {self.rank} of {self.size}: the {what} failed; another rank died, or was waited for "
                            f"longer than --collective_timeout {self.timeout:g} s ({error})") from error
 
-    def gather(self, value) -> list:
+    def gather(self, value, what: str = "exchange of facts at the start or end") -> list:
         """Returns every rank's `value` (any picklable object), in the order of the ranks."""
         values = [value] * self.size
         if self.size > 1:
-            with self.collective("exchange of facts at the start or end"):
+            with self.collective(what):
                 dist.all_gather_object(values, value)
         return values
 
 def start_world(timeout: float) -> World:
     """Joins the process group that torchrun describes in the environment, if there is one."""
-    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in
-                              (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device, backend = torch.device("cpu"), "gloo"
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise RunError(f"rank {rank}: no GPU {local_rank}, this node has {torch.cuda.device_count()}; start at "
-                           "most one process for each (--nproc_per_node)")
-        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+    rank, size, local_rank = map(int, map(os.environ.get, ("RANK", "WORLD_SIZE", "LOCAL_RANK"), (0, 1, 0)))
+    gpus = torch.cuda.device_count()
+    if 0 < gpus <= local_rank:
+        raise RunError(f"rank {rank}: no GPU {local_rank}, this node has {gpus}; start at most one process for each "
+                       "(--nproc_per_node)")
+    device, backend = (f"cuda:{local_rank}", "cpu:gloo,cuda:nccl") if gpus else ("cpu", "gloo")
+    world = World(rank, size, torch.device(device), timeout)
+    if gpus:
         torch.cuda.set_device(device)
-    world = World(rank, size, device, timeout)
     if size > 1:
         with world.collective("rendezvous"):
             dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
@@ -252,11 +238,10 @@ class RunLog:
         self.file, self.last_line = None, 0.0
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(folder / "log.txt", "a", encoding="utf-8")
+            self.file = open(folder / "log.txt", "a", buffering=1, encoding="utf-8")     # written line by line
     def __call__(self, text: str, console: bool = True) -> None:
         if self.file is not None:
             self.file.write(text + "\n")
-            self.file.flush()
             if console:
                 tqdm.write(text)     # print, above a progress bar where there is one
                 sys.stdout.flush()
@@ -306,12 +291,9 @@ def describe_hardware(world: World) -> str:
 
 def git_revision() -> str:
     """Returns the commit of this file's folder, with '-dirty' where tracked files differ from it, or 'none'."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    try:
-        return subprocess.check_output(command, cwd=Path(__file__).resolve().parent, stderr=subprocess.DEVNULL,
-                                       text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "none"
+    command = "git describe --always --abbrev=40 --exclude='*' --dirty || echo none"
+    folder = Path(__file__).resolve().parent
+    return subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True).stdout.strip()
 
 def peak_memory_gib(device: torch.device) -> float:
     """Returns the most memory that this process has held: on the GPU, or on a CPU as a whole (GiB)."""
@@ -321,7 +303,6 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 # ======== 3. Data: shards of 256 int32 of header (magic, version, tokens, vocabulary, CRC-32) and then uint16 tokens. =
-
 HEADER_INTS, MAGIC, VERSION, GPT2_VOCAB_SIZE = 256, 20240520, 1, 50257
 REDO = "delete it and prepare the data again (./run.sh, data/local_text.py or data/fineweb.py)"
 
@@ -333,9 +314,8 @@ def open_shard(path: str, vocab_size: int) -> torch.Tensor:
     magic, version, num_tokens, vocab = torch.from_file(path, size=HEADER_INTS, dtype=torch.int32)[:4].tolist()
     if (magic, version) != (MAGIC, VERSION):
         raise RunError(f"{path}: magic {magic}, version {version}, but a shard has {MAGIC} and {VERSION}; {REDO}")
-    if size != header_bytes + 2 * num_tokens:
-        raise RunError(f"{path}: the header's {num_tokens} tokens make {header_bytes + 2 * num_tokens} bytes, but the "
-                       f"file has {size}: truncated, or not a shard; {REDO}")
+    if size != (whole := header_bytes + 2 * num_tokens):
+        raise RunError(f"{path}: the header's {num_tokens} tokens make {whole} bytes, not {size}: truncated; {REDO}")
     if (vocab or GPT2_VOCAB_SIZE) != vocab_size:
         raise RunError(f"{path}: has a vocabulary of {vocab or GPT2_VOCAB_SIZE}; give --vocab_size that, or others")
     return torch.from_file(path, size=2 * HEADER_INTS + num_tokens, dtype=torch.uint16)[2 * HEADER_INTS:]
@@ -360,15 +340,14 @@ class Rows:
             raise RunError(f"--{option} {pattern}: no file matches; `python data/fineweb.py` fetches small's shards, "
                            "`python data/local_text.py` makes tiny's, and those of your own text")
         self.seq_len, self.vocab_size, self.num_found = seq_len, vocab_size, len(found)
-        self.paths, self.windows, ends, self.num_tokens, self.order = [], [], [0], 0, None
-        while ends[-1] < max_rows and len(self.paths) < len(found):
-            self.paths.append(found[len(self.paths)])
-            tokens = open_shard(self.paths[-1], vocab_size)
+        self.windows, self.num_rows, self.num_tokens, self.order = [], 0, 0, {}
+        while self.num_rows < max_rows and len(self.windows) < len(found):
+            tokens = open_shard(found[len(self.windows)], vocab_size)
             rows = max(0, len(tokens) - 1) // seq_len
             self.windows.append(tokens.as_strided((rows, seq_len + 1), (seq_len, 1)).numpy())     # they overlap
-            ends.append(ends[-1] + rows)
+            self.num_rows += rows
             self.num_tokens += len(tokens)
-        self.num_rows, self.ends = ends[-1], np.array(ends)     # rows before each shard, and in all
+        self.paths, self.ends = found[:len(self.windows)], np.cumsum([0, *map(len, self.windows)])
         if self.num_rows == 0:
             raise RunError(f"--{option} {pattern}: {self.num_tokens} tokens do not fill a row of --seq_len {seq_len} "
                            "and its next token; give more text")
@@ -394,11 +373,10 @@ class Rows:
         """Returns the rows at `positions` of the training order: a permutation an epoch, a pure function of the seed.
         Neighbouring rows are alike, so they are shuffled apart; ranks and micro-steps only group what it gives."""
         epochs, rows = positions // self.num_rows, np.empty_like(positions)
-        for epoch in range(epochs[0], epochs[-1] + 1):     # positions ascend
-            if self.order is None or self.order[0] != (seed, epoch):
-                generator = torch.Generator().manual_seed((seed << 20) + epoch)
-                self.order = (seed, epoch), torch.randperm(self.num_rows, generator=generator).numpy()
-            rows[epochs == epoch] = self.order[1][positions[epochs == epoch] % self.num_rows]
+        for epoch in np.unique(epochs).tolist():
+            if (key := (seed << 20) + epoch) not in self.order:
+                self.order = {key: torch.randperm(self.num_rows, generator=torch.Generator().manual_seed(key)).numpy()}
+            rows[epochs == epoch] = self.order[key][positions[epochs == epoch] % self.num_rows]
         return rows
 
 def load_batches(rows: Rows, positions: list[int], seed: int, world: World, step: int = 0, ahead: int = 2**20):
@@ -444,6 +422,7 @@ def linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """x W^T; the weight is kept in fp32 and cast to the dtype of x."""
     return F.linear(x, layer.weight.to(x.dtype))
 
+@lru_cache(4)
 def rotary_tables(seq_len: int, head_dim: int, base: float, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (cos, sin), fp32 (T, 1, K/2), of the angles position * base^(-2i/K)."""
     frequencies = base ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
@@ -464,9 +443,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.model_dim, config.model_dim, bias=False)
     def forward(self, x_BTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         q, k, v = linear(self.qkv, x_BTD).unflatten(2, (3, self.num_heads, -1)).unbind(2)
-        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
-        y_BHTK = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
-                                                scale=self.scale)
+        q, k, v = (x.transpose(1, 2) for x in (rotate(norm(q), cos, sin), rotate(norm(k), cos, sin), v))
+        y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         return linear(self.proj, y_BHTK.transpose(1, 2).flatten(2))
 
 class MLP(nn.Module):
@@ -490,7 +468,7 @@ class GPT(nn.Module):
     """Decoder-only transformer with activations in `dtype`; a call returns the targets' mean cross-entropy."""
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.config, self.dtype, self.tables = config, dtype, None
+        self.config, self.dtype = config, dtype
         self.embed = nn.Embedding(config.padded_vocab_size, config.model_dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.lm_head = nn.Linear(config.model_dim, config.padded_vocab_size, bias=False)
@@ -510,10 +488,8 @@ class GPT(nn.Module):
 
     def hidden(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Returns the last block's output (B, T, D)."""
-        T = tokens_BT.size(1)
-        if self.tables is None or self.tables[0].size(0) < T or self.tables[0].device != tokens_BT.device:
-            self.tables = rotary_tables(T, self.config.head_dim, self.config.rope_base, tokens_BT.device)
-        cos, sin = (table[:T] for table in self.tables)
+        c = self.config
+        cos, sin = rotary_tables(tokens_BT.size(1), c.head_dim, c.rope_base, tokens_BT.device)
         x_BTD = norm(self.embed(tokens_BT).to(self.dtype))
         for block in self.blocks:
             x_BTD = block(x_BTD, cos, sin)
@@ -788,19 +764,18 @@ def set_schedules(optimizers: list, c: Config, step: int) -> None:
 def micro_batch_rows(c: Config, rows: int, world_size: int, gpu_bytes: int = 0) -> int:
     """Returns the rows of a micro-batch for a global batch of `rows`: --micro_batch, or, where that is 0, the most that
     divide a rank's share within 4,096 tokens on a CPU (its caches), 8,192 for every 20 GB of a GPU's memory."""
-    def divisors(n):
-        return [d for d in range(1, n + 1) if n % d == 0]
-    if rows % world_size:
+    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+    if world_size not in divisors:
         raise RunError(f"--batch_tokens: {rows} rows of --seq_len {c.seq_len} cannot be shared by {world_size} "
-                       f"processes; start {', '.join(map(str, divisors(rows)))} of them")
+                       f"processes; start {', '.join(map(str, divisors))} of them")
     per_rank = rows // world_size
-    if not c.micro_batch:
-        limit = 8192 * max(1, int(gpu_bytes / 20e9)) if gpu_bytes else 4096
-        return max(d for d in divisors(per_rank) if d * c.seq_len <= max(limit, c.seq_len))
-    if per_rank % min(c.micro_batch, per_rank):
+    divisors = [n for n in divisors if per_rank % n == 0]
+    by_memory = (8192 * max(1, int(gpu_bytes / 20e9)) if gpu_bytes else 4096) // c.seq_len
+    micro_batch = max(n for n in divisors if n <= max(1, c.micro_batch or by_memory))
+    if micro_batch < min(c.micro_batch, per_rank):
         raise RunError(f"--micro_batch {c.micro_batch}: does not divide the {per_rank} rows of a step that each of "
-                       f"{world_size} processes has; give {', '.join(map(str, divisors(per_rank)))}, or 0")
-    return min(c.micro_batch, per_rank)
+                       f"{world_size} processes has; give {', '.join(map(str, divisors))}, or 0")
+    return micro_batch
 
 # ======== 7. Evaluation. Do not edit: it defines the target. ==========================================================
 @torch.no_grad()
@@ -811,10 +786,7 @@ def evaluate(model: GPT, rows: Rows, c: Config, world: World, micro_batch: int) 
     for start in range(0, len(mine), micro_batch):
         tokens = rows.read(np.array(mine[start:start + micro_batch])).to(world.device).to(torch.int64)
         total += model(tokens[:, :-1], tokens[:, 1:]).double() * tokens[:, 1:].numel()
-    if world.size > 1:
-        with world.collective("sum of the validation loss"):
-            dist.all_reduce(total)
-    return total.item() / c.val_tokens
+    return sum(world.gather(total.item(), "sum of the validation loss")) / c.val_tokens
 
 # ======== 8. Checkpoints. =============================================================================================
 CHECKPOINT = "checkpoint.pt"
