@@ -7,8 +7,7 @@
     python train_gpt.py --resume logs/RUN           # go on from the checkpoint of a run
 
 Result on tiny, 2 CPU cores: 1.2733 nats a byte (1.2647 to 1.2794, n = 3; target 1.30). small has not run yet.
-Sections: 1 Config and tracks | 2 processes, log and clock | 3 data | 4 model | 5 optimizers and the parameter table |
-6 schedules | 7 evaluation | 8 checkpoints | 9 main: set-up, priming, loop, summary.
+Sections: 1 Config | 2 processes | 3 data | 4 model | 5 optimizers | 6 schedules | 7 evaluation | 8 checkpoints | 9 main
 
 Shape suffixes: B rows of a micro-batch, R rows of a rank's batch, T tokens of a row, D model_dim, H num_heads,
 K head_dim, V padded vocabulary; m x n any matrix. Losses are nats a token, times are seconds unless named ms.
@@ -43,7 +42,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 
@@ -127,23 +125,23 @@ class Config:
 
     def __post_init__(self):
         def require(names, holds, remedy):
-            for name in names.split():
+            for name in names:
                 value = getattr(self, name)
                 if not all(map(holds, value if isinstance(value, tuple) else [value])):
                     raise RunError(f"--{name} {value}: {remedy}")
-        require(" ".join(FIELDS), lambda x: isinstance(x, str) or 0 <= x < math.inf,
-                "must be a finite number, not negative")
-        require("vocab_size val_tokens seq_len num_layers num_heads head_dim mlp_ratio lr num_steps ns_steps rope_base "
-                "attention_scale logit_softcap collective_timeout", lambda x: x > 0, "must be above 0")
-        require("vocab_size", lambda x: x <= 2**16, "shards hold uint16: at most 65536")
-        require("head_dim", lambda x: x % 2 == 0, "rotary positions turn pairs of channels: give an even number")
-        require("val_tokens batch_tokens", lambda x: x and x % self.seq_len == 0,
+        require(FIELDS, lambda x: isinstance(x, str) or 0 <= x < math.inf, "must be a finite number, not negative")
+        require(("vocab_size", "val_tokens", "seq_len", "num_layers", "num_heads", "head_dim", "mlp_ratio", "lr",
+                 "num_steps", "ns_steps", "rope_base", "attention_scale", "logit_softcap", "collective_timeout"),
+                lambda x: x > 0, "must be above 0")
+        require(["vocab_size"], lambda x: x <= 2**16, "shards hold uint16: at most 65536")
+        require(["head_dim"], lambda x: x % 2 == 0, "rotary positions turn pairs of channels: give an even number")
+        require(["val_tokens", "batch_tokens"], lambda x: x and x % self.seq_len == 0,
                 f"must be a positive multiple of --seq_len {self.seq_len}")
-        require("betas", lambda x: len(self.betas) == 2 and x < 1, "must be two numbers below 1, such as 0.9,0.95")
-        for names, limit in (("momentum momentum_start normuon_beta2 final_lr_frac", 1), ("seed", 2**32),
-                             ("warmup_steps", self.num_steps)):
-            require(names, lambda x, limit=limit: x <= limit, f"must be at most {limit}")
-        require("run_id", re.compile(r"[\w.-]*").fullmatch, "names a folder: letters, digits, '.', '_' and '-' only")
+        require(["betas"], lambda x: len(self.betas) == 2 and x < 1, "must be two numbers below 1, such as 0.9,0.95")
+        require(["seed"], lambda x: x <= 2**32, f"must be at most {2**32}")
+        require(["warmup_steps"], lambda x: x <= self.num_steps, f"must be at most {self.num_steps}")
+        require(["momentum", "momentum_start", "normuon_beta2", "final_lr_frac"], lambda x: x <= 1, "must be at most 1")
+        require(["run_id"], re.compile(r"[\w.-]*").fullmatch, "names a folder: letters, digits, '.', '_' and '-' only")
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 TRACKS = get_args(FIELDS["track"].type)
@@ -158,8 +156,7 @@ def parse_command_line(arguments: list[str]) -> dict:
             return tuple(map(get_args(f.type)[0], text.split(",")))
         options = {Literal: dict(choices=get_args(f.type)), tuple: dict(type=numbers, metavar="N,..")}.get(
             get_origin(f.type), dict(type=f.type, metavar={int: "N", float: "X", str: "TEXT"}.get(f.type)))
-        if f.name == "compile":
-            options.update(nargs="?", const="on")     # --compile alone means on
+        options.update(dict(nargs="?", const="on") if f.name == "compile" else {})     # --compile alone means on
         small = "" if f.metadata["small"] == f.default else f"; small {f.metadata['small']!r}"
         parser.add_argument(f"--{f.name}", help=f"{f.metadata['meaning']} [{f.default!r}{small}]", **options)
     try:
@@ -221,8 +218,7 @@ def start_world(timeout: float) -> World:
     rank, size, local_rank = map(int, map(os.environ.get, ("RANK", "WORLD_SIZE", "LOCAL_RANK"), (0, 1, 0)))
     gpus = torch.cuda.device_count()
     if 0 < gpus <= local_rank:
-        raise RunError(f"rank {rank}: no GPU {local_rank}, this node has {gpus}; start at most one process for each "
-                       "(--nproc_per_node)")
+        raise RunError(f"rank {rank}: no GPU {local_rank}, this node has {gpus}; give at most --nproc_per_node {gpus}")
     device, backend = (f"cuda:{local_rank}", "cpu:gloo,cuda:nccl") if gpus else ("cpu", "gloo")
     world = World(rank, size, torch.device(device), timeout)
     if gpus:
@@ -291,9 +287,8 @@ def describe_hardware(world: World) -> str:
 
 def git_revision() -> str:
     """Returns the commit of this file's folder, with '-dirty' where tracked files differ from it, or 'none'."""
-    command = "git describe --always --abbrev=40 --exclude='*' --dirty || echo none"
-    folder = Path(__file__).resolve().parent
-    return subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True).stdout.strip()
+    command = "git describe --always --abbrev=40 --exclude='*' --dirty 2>/dev/null || echo none"
+    return subprocess.check_output(command, shell=True, text=True, cwd=Path(__file__).resolve().parent).strip()
 
 def peak_memory_gib(device: torch.device) -> float:
     """Returns the most memory that this process has held: on the GPU, or on a CPU as a whole (GiB)."""
@@ -323,11 +318,9 @@ def open_shard(path: str, vocab_size: int) -> torch.Tensor:
 def check_shard(path: str, vocab_size: int) -> str:
     """Reads the whole shard: returns its sha256, or raises RunError where a token or the checksum is wrong."""
     tokens, content = open_shard(path, vocab_size), memoryview(Path(path).read_bytes())
-    top = int((tokens.view(torch.int16) ^ -2**15).max()) + 2**15 if len(tokens) else 0     # uint16 tensors have no max
-    if top >= vocab_size:
+    if (top := tokens.numpy().max(initial=0)) >= vocab_size:     # uint16 tensors have no max
         raise RunError(f"{path}: token {top} is outside the vocabulary of {vocab_size}; {REDO}")
-    checksum = int.from_bytes(content[16:20], "little")
-    if checksum and zlib.crc32(content[4 * HEADER_INTS:]) != checksum:
+    if (checksum := int.from_bytes(content[16:20], "little")) and zlib.crc32(content[4 * HEADER_INTS:]) != checksum:
         raise RunError(f"{path}: the tokens do not match the checksum {checksum:#010x} in the header; {REDO}")
     return hashlib.sha256(content).hexdigest()
 
@@ -363,9 +356,8 @@ class Rows:
     def read(self, rows: np.ndarray) -> torch.Tensor:
         """Returns tokens uint16 (len(rows), seq_len + 1); by numpy, which copies rows several times faster."""
         tokens, order = np.empty((len(rows), self.seq_len + 1), dtype=np.uint16), np.argsort(rows)     # as in the files
-        starts = np.searchsorted(rows[order], self.ends).tolist()
-        for windows, before, start, end in zip(self.windows, self.ends.tolist(), starts, starts[1:], strict=False):
-            here = order[start:end]
+        shares = np.split(order, np.searchsorted(rows[order], self.ends[1:]))     # of each shard
+        for windows, before, here in zip(self.windows, self.ends, shares, strict=False):
             tokens[here] = windows[rows[here] - before]
         return torch.from_numpy(tokens)
 
@@ -462,7 +454,6 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.lm_head = nn.Linear(config.model_dim, config.padded_vocab_size, bias=False)
 
-    @torch.no_grad()
     def initialize(self, seed: int) -> "GPT":
         """Draws the weights, on the CPU and so the same everywhere: the first pattern that matches the name counts."""
         generator = torch.Generator().manual_seed(seed)
@@ -472,13 +463,12 @@ class GPT(nn.Module):
             std = next((std for pattern, std in rules.items() if re.fullmatch(pattern, name)), None)
             if std is None:
                 raise RunError(f"parameter {name}: no rule of GPT.initialize matches it; add one")
-            p.normal_(0.0, std(p), generator=generator)
+            nn.init.normal_(p, 0.0, std(p), generator)
         return self
 
     def hidden(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Returns the last block's output (B, T, D)."""
-        c = self.config
-        cos, sin = rotary_tables(tokens_BT.size(1), c.head_dim, c.rope_base, tokens_BT.device)
+        cos, sin = rotary_tables(tokens_BT.size(1), self.config.head_dim, self.config.rope_base, tokens_BT.device)
         x_BTD = norm(self.embed(tokens_BT).to(self.dtype))
         for block in self.blocks:
             x_BTD = block(x_BTD, cos, sin)
@@ -799,8 +789,7 @@ def load_checkpoint(option: str, name: str) -> dict:
         content["config"], content["model"], content["optimizers"], content["step"]
         return content
     except Exception as error:     # torch.load raises many types on a file that is not its own
-        raise RunError(f"--{option} {name}: {path} is no checkpoint of train_gpt.py, or damaged ({error}); give "
-                       "another one") from None
+        raise RunError(f"--{option} {name}: {path} is no checkpoint, or damaged ({error}); give another") from None
 
 # ======== 9. Main: set-up, priming, loop, summary. ====================================================================
 def accumulate_gradients(model: nn.Module, tokens: torch.Tensor, micro_batch: int, world: World) -> torch.Tensor:
@@ -916,7 +905,7 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
         raw.compile_parts()
     if world.size > 1:
         with world.collective("start-up broadcast of the weights"):
-            model = DistributedDataParallel(raw, gradient_as_bucket_view=True)
+            model = nn.parallel.DistributedDataParallel(raw, gradient_as_bucket_view=True)
     optimizers, table = make_optimizers(raw, c, ns_dtype=dtype if bf16 else None)
 
     tokens_total, epochs = positions[-1] * c.seq_len, positions[-1] / train_rows.num_rows
