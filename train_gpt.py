@@ -130,9 +130,8 @@ class Config:
                 if not all(map(holds, value if isinstance(value, tuple) else [value])):
                     raise RunError(f"--{name} {value}: {remedy}")
         require(FIELDS, lambda x: isinstance(x, str) or 0 <= x < math.inf, "must be a finite number, not negative")
-        require(("vocab_size", "val_tokens", "seq_len", "num_layers", "num_heads", "head_dim", "mlp_ratio", "lr",
-                 "num_steps", "ns_steps", "rope_base", "attention_scale", "logit_softcap", "collective_timeout"),
-                lambda x: x > 0, "must be above 0")
+        require("vocab_size seq_len num_layers num_heads head_dim mlp_ratio rope_base attention_scale logit_softcap lr "
+                "num_steps ns_steps collective_timeout".split(), lambda x: x > 0, "must be above 0")
         require(["vocab_size"], lambda x: x <= 2**16, "shards hold uint16: at most 65536")
         require(["head_dim"], lambda x: x % 2 == 0, "rotary positions turn pairs of channels: give an even number")
         require(["val_tokens", "batch_tokens"], lambda x: x and x % self.seq_len == 0,
@@ -204,7 +203,6 @@ class World(NamedTuple):
                 raise
             raise RunError(f"rank {self.rank} of {self.size}: the {what} failed; another rank died, or was waited for "
                            f"longer than --collective_timeout {self.timeout:g} s ({error})") from error
-
     def gather(self, value, what: str = "exchange of facts at the start or end") -> list:
         """Returns every rank's `value` (any picklable object), in the order of the ranks."""
         values = [value] * self.size
@@ -241,7 +239,6 @@ class RunLog:
             if console:
                 tqdm.write(text)     # print, above a progress bar where there is one
                 sys.stdout.flush()
-
     def step(self, text: str, bar: tqdm) -> None:
         """Logs a training step: all go to the file; the console gets the bar, or a line every two seconds."""
         due = bar.disable and time.monotonic() - self.last_line > 2
