@@ -7,8 +7,7 @@
     python train_gpt.py --resume logs/RUN           # go on from the checkpoint of a run
 
 Result on tiny, 2 CPU cores: 1.2733 nats a byte (1.2647 to 1.2794, n = 3; target 1.30). small has not run yet.
-Sections: 1 Config and tracks | 2 processes, log and clock | 3 data | 4 model | 5 optimizers and the parameter table |
-6 schedules | 7 evaluation | 8 checkpoints | 9 main: set-up, priming, loop, summary.
+Sections: 1 Config | 2 processes | 3 data | 4 model | 5 optimizers | 6 schedules | 7 evaluation | 8 checkpoints | 9 main
 
 Shape suffixes: B rows of a micro-batch, R rows of a rank's batch, T tokens of a row, D model_dim, H num_heads,
 K head_dim, V padded vocabulary; m x n any matrix. Losses are nats a token, times are seconds unless named ms.
@@ -34,17 +33,16 @@ import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate, groupby, repeat
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 
@@ -52,13 +50,12 @@ class RunError(Exception):
     """Bad input, or a run that cannot go on: the message names the file or option, the value and the remedy."""
 
 # ======== 1. Config and tracks: every tunable of a run. A tweak is a diff of this file; `--name value` serves sweeps. =
-
 FREE = True     # marks a knob that a resume may change
 
 def knob(tiny, small, meaning: str, free: bool = False):
     """A row of Config: its value on each track (`...`: as on tiny), what it means, and whether it is FREE."""
-    small = tiny if small is ... else small
-    return dataclasses.field(default=tiny, metadata=dict(small=small, meaning=meaning, free=free))
+    return dataclasses.field(default=tiny, metadata=dict(tiny=tiny, small=tiny if small is ... else small,
+                                                         meaning=meaning, free=free))
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -124,35 +121,27 @@ class Config:
     prime_steps: int        = knob(2,        ...,       "dummy steps before the clock starts, for compilation", FREE)
     collective_timeout: float = knob(600.0,  ...,       "seconds that a rank waits for the others", FREE)
 
-    @property
-    def model_dim(self) -> int:
-        return self.num_heads * self.head_dim
-    @property
-    def padded_vocab_size(self) -> int:
-        return -(-self.vocab_size // 64) * 64
+    model_dim = property(lambda self: self.num_heads * self.head_dim)
+    padded_vocab_size = property(lambda self: -(-self.vocab_size // 64) * 64)
 
     def __post_init__(self):
-        def check(good, name, remedy):
-            if not good:
-                raise RunError(f"--{name} {getattr(self, name)}: {remedy}")
-        for name, value in vars(self).items():
-            for number in value if isinstance(value, tuple) else (value,):
-                check(isinstance(number, str) or 0 <= number < math.inf, name, "must be a finite number, not negative")
-        for name in ("vocab_size", "val_tokens", "seq_len", "num_layers", "num_heads", "head_dim", "mlp_ratio", "lr",
-                     "num_steps", "ns_steps", "rope_base", "attention_scale", "logit_softcap", "collective_timeout"):
-            check(getattr(self, name) > 0, name, "must be above 0")
-        check(self.vocab_size <= 2**16, "vocab_size", "shards hold uint16: at most 65536")
-        check(self.head_dim % 2 == 0, "head_dim", "rotary positions turn pairs of channels: give an even number")
-        for name in ("val_tokens", "batch_tokens"):
-            value = getattr(self, name)
-            check(all(n and n % self.seq_len == 0 for n in (value if isinstance(value, tuple) else [value])), name,
-                  f"must be a positive multiple of --seq_len {self.seq_len}")
-        check(len(self.betas) == 2 and max(self.betas) < 1, "betas", "must be two numbers below 1, such as 0.9,0.95")
-        limits = dict(momentum=1, momentum_start=1, normuon_beta2=1, final_lr_frac=1, warmup_steps=self.num_steps,
-                      seed=2**32)
-        for name, limit in limits.items():
-            check(getattr(self, name) <= limit, name, f"must be at most {limit}")
-        check(re.fullmatch(r"[\w.-]*", self.run_id), "run_id", "names a folder: letters, digits, '.', '_' and '-' only")
+        def require(names, holds, remedy):
+            for name in names:
+                value = getattr(self, name)
+                if not all(map(holds, value if isinstance(value, tuple) else [value])):
+                    raise RunError(f"--{name} {value}: {remedy}")
+        require(FIELDS, lambda x: isinstance(x, str) or 0 <= x < math.inf, "must be a finite number, not negative")
+        require("vocab_size seq_len num_layers num_heads head_dim mlp_ratio rope_base attention_scale logit_softcap lr "
+                "num_steps ns_steps collective_timeout".split(), lambda x: x > 0, "must be above 0")
+        require(["vocab_size"], lambda x: x <= 2**16, "shards hold uint16: at most 65536")
+        require(["head_dim"], lambda x: x % 2 == 0, "rotary positions turn pairs of channels: give an even number")
+        require(["val_tokens", "batch_tokens"], lambda x: x and x % self.seq_len == 0,
+                f"must be a positive multiple of --seq_len {self.seq_len}")
+        require(["betas"], lambda x: len(self.betas) == 2 and x < 1, "must be two numbers below 1, such as 0.9,0.95")
+        require(["seed"], lambda x: x <= 2**32, f"must be at most {2**32}")
+        require(["warmup_steps"], lambda x: x <= self.num_steps, f"must be at most {self.num_steps}")
+        require(["momentum", "momentum_start", "normuon_beta2", "final_lr_frac"], lambda x: x <= 1, "must be at most 1")
+        require(["run_id"], re.compile(r"[\w.-]*").fullmatch, "names a folder: letters, digits, '.', '_' and '-' only")
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 TRACKS = get_args(FIELDS["track"].type)
@@ -163,26 +152,22 @@ def parse_command_line(arguments: list[str]) -> dict:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("track", nargs="?", help=" or ".join(TRACKS))
     for f in list(FIELDS.values())[1:]:
-        options = dict(type=f.type, metavar={int: "N", float: "X", str: "TEXT"}.get(f.type))
-        if get_origin(f.type) is Literal:
-            options = dict(choices=get_args(f.type))
-        elif get_origin(f.type) is tuple:
-            def numbers(text, f=f):
-                return tuple(map(get_args(f.type)[0], text.split(",")))
-            options = dict(type=numbers, metavar="N,..")
-        if f.name == "compile":
-            options.update(nargs="?", const="on")     # --compile alone means on
+        def numbers(text, f=f):
+            return tuple(map(get_args(f.type)[0], text.split(",")))
+        options = {Literal: dict(choices=get_args(f.type)), tuple: dict(type=numbers, metavar="N,..")}.get(
+            get_origin(f.type), dict(type=f.type, metavar={int: "N", float: "X", str: "TEXT"}.get(f.type)))
+        options.update(dict(nargs="?", const="on") if f.name == "compile" else {})     # --compile alone means on
         small = "" if f.metadata["small"] == f.default else f"; small {f.metadata['small']!r}"
         parser.add_argument(f"--{f.name}", help=f"{f.metadata['meaning']} [{f.default!r}{small}]", **options)
     try:
         known, unknown = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise RunError(f"{error}; --help lists the fields and their kinds") from None
-    for word, names in [(word, FIELDS) for word in unknown] + [(known.track or "tiny", TRACKS)]:
-        if names is FIELDS or word not in TRACKS:
-            near = difflib.get_close_matches(word.lstrip("-").split("=")[0], names, n=1)
-            raise RunError(f"{word}: no such {'track' if names is TRACKS else 'field of Config'}; "
-                           + (f"did you mean {near[0]}?" if near else f"--help lists them: {', '.join(names)}"))
+    if unknown or known.track not in (None, *TRACKS):
+        word, kind, names = (unknown[0], "field of Config", FIELDS) if unknown else (known.track, "track", TRACKS)
+        near = difflib.get_close_matches(word.lstrip("-").split("=")[0], names, n=1)
+        raise RunError(f"{word}: no such {kind}; "
+                       + (f"did you mean {near[0]}?" if near else f"--help lists them: {', '.join(names)}"))
     return {name: value for name, value in vars(known).items() if value is not None}
 
 def make_config(given: dict, saved: dict | None = None) -> Config:
@@ -190,8 +175,7 @@ def make_config(given: dict, saved: dict | None = None) -> Config:
     if saved is None:
         if "track" not in given:
             raise RunError(f"no track named: give one of {', '.join(TRACKS)} (./run.sh chooses one by the hardware)")
-        preset = {name: f.metadata["small"] if given["track"] == "small" else f.default for name, f in FIELDS.items()}
-        return Config(**{**preset, **given})
+        return Config(**{name: f.metadata[given["track"]] for name, f in FIELDS.items()} | given)
     if odd := sorted(saved.keys() ^ FIELDS.keys()):
         raise RunError(f"--resume {given['resume']}: a version of this file without, or with, {', '.join(odd)} wrote "
                        "it; resume with that version, or take the weights alone with --init_from")
@@ -204,8 +188,7 @@ def make_config(given: dict, saved: dict | None = None) -> Config:
     return Config(**{**saved, "log_dir": str(folder.parent), "run_id": folder.name, **given})
 
 # ======== 2. Processes, log and clock. ================================================================================
-@dataclasses.dataclass(frozen=True)
-class World:
+class World(NamedTuple):
     """Where this process stands among the processes of the run; alone, without torchrun, it is rank 0 of 1."""
     rank: int
     size: int
@@ -221,27 +204,24 @@ class World:
                 raise
             raise RunError(f"rank {self.rank} of {self.size}: the {what} failed; another rank died, or was waited for "
                            f"longer than --collective_timeout {self.timeout:g} s ({error})") from error
-
-    def gather(self, value) -> list:
+    def gather(self, value, what: str = "exchange of facts at the start or end") -> list:
         """Returns every rank's `value` (any picklable object), in the order of the ranks."""
         values = [value] * self.size
         if self.size > 1:
-            with self.collective("exchange of facts at the start or end"):
+            with self.collective(what):
                 dist.all_gather_object(values, value)
         return values
 
 def start_world(timeout: float) -> World:
     """Joins the process group that torchrun describes in the environment, if there is one."""
-    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in
-                              (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device, backend = torch.device("cpu"), "gloo"
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise RunError(f"rank {rank}: no GPU {local_rank}, this node has {torch.cuda.device_count()}; start at "
-                           "most one process for each (--nproc_per_node)")
-        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+    rank, size, local_rank = map(int, map(os.environ.get, ("RANK", "WORLD_SIZE", "LOCAL_RANK"), (0, 1, 0)))
+    gpus = torch.cuda.device_count()
+    if 0 < gpus <= local_rank:
+        raise RunError(f"rank {rank}: no GPU {local_rank}, this node has {gpus}; give at most --nproc_per_node {gpus}")
+    device, backend = (f"cuda:{local_rank}", "cpu:gloo,cuda:nccl") if gpus else ("cpu", "gloo")
+    world = World(rank, size, torch.device(device), timeout)
+    if gpus:
         torch.cuda.set_device(device)
-    world = World(rank, size, device, timeout)
     if size > 1:
         with world.collective("rendezvous"):
             dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
@@ -253,15 +233,13 @@ class RunLog:
         self.file, self.last_line = None, 0.0
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(folder / "log.txt", "a", encoding="utf-8")
+            self.file = open(folder / "log.txt", "a", buffering=1, encoding="utf-8")     # written line by line
     def __call__(self, text: str, console: bool = True) -> None:
         if self.file is not None:
             self.file.write(text + "\n")
-            self.file.flush()
             if console:
                 tqdm.write(text)     # print, above a progress bar where there is one
                 sys.stdout.flush()
-
     def step(self, text: str, bar: tqdm) -> None:
         """Logs a training step: all go to the file; the console gets the bar, or a line every two seconds."""
         due = bar.disable and time.monotonic() - self.last_line > 2
@@ -307,12 +285,8 @@ def describe_hardware(world: World) -> str:
 
 def git_revision() -> str:
     """Returns the commit of this file's folder, with '-dirty' where tracked files differ from it, or 'none'."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    try:
-        return subprocess.check_output(command, cwd=Path(__file__).resolve().parent, stderr=subprocess.DEVNULL,
-                                       text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "none"
+    command = "git describe --always --abbrev=40 --exclude='*' --dirty 2>/dev/null || echo none"
+    return subprocess.check_output(command, shell=True, text=True, cwd=Path(__file__).resolve().parent).strip()
 
 def peak_memory_gib(device: torch.device) -> float:
     """Returns the most memory that this process has held: on the GPU, or on a CPU as a whole (GiB)."""
@@ -322,7 +296,6 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 # ======== 3. Data: shards of 256 int32 of header (magic, version, tokens, vocabulary, CRC-32) and then uint16 tokens. =
-
 HEADER_INTS, MAGIC, VERSION, GPT2_VOCAB_SIZE = 256, 20240520, 1, 50257
 REDO = "delete it and prepare the data again (./run.sh, data/local_text.py or data/fineweb.py)"
 
@@ -334,9 +307,8 @@ def open_shard(path: str, vocab_size: int) -> torch.Tensor:
     magic, version, num_tokens, vocab = torch.from_file(path, size=HEADER_INTS, dtype=torch.int32)[:4].tolist()
     if (magic, version) != (MAGIC, VERSION):
         raise RunError(f"{path}: magic {magic}, version {version}, but a shard has {MAGIC} and {VERSION}; {REDO}")
-    if size != header_bytes + 2 * num_tokens:
-        raise RunError(f"{path}: the header's {num_tokens} tokens make {header_bytes + 2 * num_tokens} bytes, but the "
-                       f"file has {size}: truncated, or not a shard; {REDO}")
+    if size != (whole := header_bytes + 2 * num_tokens):
+        raise RunError(f"{path}: the header's {num_tokens} tokens make {whole} bytes, not {size}: truncated; {REDO}")
     if (vocab or GPT2_VOCAB_SIZE) != vocab_size:
         raise RunError(f"{path}: has a vocabulary of {vocab or GPT2_VOCAB_SIZE}; give --vocab_size that, or others")
     return torch.from_file(path, size=2 * HEADER_INTS + num_tokens, dtype=torch.uint16)[2 * HEADER_INTS:]
@@ -344,11 +316,9 @@ def open_shard(path: str, vocab_size: int) -> torch.Tensor:
 def check_shard(path: str, vocab_size: int) -> str:
     """Reads the whole shard: returns its sha256, or raises RunError where a token or the checksum is wrong."""
     tokens, content = open_shard(path, vocab_size), memoryview(Path(path).read_bytes())
-    top = int((tokens.view(torch.int16) ^ -2**15).max()) + 2**15 if len(tokens) else 0     # uint16 tensors have no max
-    if top >= vocab_size:
+    if (top := tokens.numpy().max(initial=0)) >= vocab_size:     # uint16 tensors have no max
         raise RunError(f"{path}: token {top} is outside the vocabulary of {vocab_size}; {REDO}")
-    checksum = int.from_bytes(content[16:20], "little")
-    if checksum and zlib.crc32(content[4 * HEADER_INTS:]) != checksum:
+    if (checksum := int.from_bytes(content[16:20], "little")) and zlib.crc32(content[4 * HEADER_INTS:]) != checksum:
         raise RunError(f"{path}: the tokens do not match the checksum {checksum:#010x} in the header; {REDO}")
     return hashlib.sha256(content).hexdigest()
 
@@ -361,15 +331,14 @@ class Rows:
             raise RunError(f"--{option} {pattern}: no file matches; `python data/fineweb.py` fetches small's shards, "
                            "`python data/local_text.py` makes tiny's, and those of your own text")
         self.seq_len, self.vocab_size, self.num_found = seq_len, vocab_size, len(found)
-        self.paths, self.windows, ends, self.num_tokens, self.order = [], [], [0], 0, None
-        while ends[-1] < max_rows and len(self.paths) < len(found):
-            self.paths.append(found[len(self.paths)])
-            tokens = open_shard(self.paths[-1], vocab_size)
+        self.windows, self.num_rows, self.num_tokens, self.order = [], 0, 0, {}
+        while self.num_rows < max_rows and len(self.windows) < len(found):
+            tokens = open_shard(found[len(self.windows)], vocab_size)
             rows = max(0, len(tokens) - 1) // seq_len
             self.windows.append(tokens.as_strided((rows, seq_len + 1), (seq_len, 1)).numpy())     # they overlap
-            ends.append(ends[-1] + rows)
+            self.num_rows += rows
             self.num_tokens += len(tokens)
-        self.num_rows, self.ends = ends[-1], np.array(ends)     # rows before each shard, and in all
+        self.paths, self.ends = found[:len(self.windows)], np.cumsum([0, *map(len, self.windows)])
         if self.num_rows == 0:
             raise RunError(f"--{option} {pattern}: {self.num_tokens} tokens do not fill a row of --seq_len {seq_len} "
                            "and its next token; give more text")
@@ -385,9 +354,8 @@ class Rows:
     def read(self, rows: np.ndarray) -> torch.Tensor:
         """Returns tokens uint16 (len(rows), seq_len + 1); by numpy, which copies rows several times faster."""
         tokens, order = np.empty((len(rows), self.seq_len + 1), dtype=np.uint16), np.argsort(rows)     # as in the files
-        starts = np.searchsorted(rows[order], self.ends).tolist()
-        for windows, before, start, end in zip(self.windows, self.ends.tolist(), starts, starts[1:], strict=False):
-            here = order[start:end]
+        shares = np.split(order, np.searchsorted(rows[order], self.ends[1:]))     # of each shard
+        for windows, before, here in zip(self.windows, self.ends, shares, strict=False):
             tokens[here] = windows[rows[here] - before]
         return torch.from_numpy(tokens)
 
@@ -395,39 +363,27 @@ class Rows:
         """Returns the rows at `positions` of the training order: a permutation an epoch, a pure function of the seed.
         Neighbouring rows are alike, so they are shuffled apart; ranks and micro-steps only group what it gives."""
         epochs, rows = positions // self.num_rows, np.empty_like(positions)
-        for epoch in range(epochs[0], epochs[-1] + 1):     # positions ascend
-            if self.order is None or self.order[0] != (seed, epoch):
-                generator = torch.Generator().manual_seed((seed << 20) + epoch)
-                self.order = (seed, epoch), torch.randperm(self.num_rows, generator=generator).numpy()
-            rows[epochs == epoch] = self.order[1][positions[epochs == epoch] % self.num_rows]
+        for epoch in np.unique(epochs).tolist():
+            if (key := (seed << 20) + epoch) not in self.order:
+                self.order = {key: torch.randperm(self.num_rows, generator=torch.Generator().manual_seed(key)).numpy()}
+            rows[epochs == epoch] = self.order[key][positions[epochs == epoch] % self.num_rows]
         return rows
 
 def load_batches(rows: Rows, positions: list[int], seed: int, world: World, step: int = 0, ahead: int = 2**20):
     """The distributed loader: yields this rank's tokens, int64 (R, T + 1) on its device, of each step from `step` on.
-
     Step i takes the rows at positions[i] to [i + 1] of the training order, a function of i alone: to resume takes no
-    state. A thread prepares about `ahead` tokens while those before are used; for CUDA it copies on a side stream.
-    """
-    stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
-    def prepare(steps):     # -> the batches of `steps`, uint16, and the event of their copy to a GPU
-        spans = [(positions[i], positions[i + 1] - positions[i]) for i in steps]
-        shares = [start + n // world.size * world.rank + np.arange(n // world.size) for start, n in spans]
-        tokens, copied = rows.read(rows.shuffled(seed, np.concatenate(shares))), None
-        if stream is not None:
-            with torch.cuda.stream(stream):
-                tokens = tokens.pin_memory().to(world.device, non_blocking=True)
-                copied = stream.record_event()
-        return tokens.split(list(map(len, shares))), copied
+    state. A thread prepares about `ahead` tokens while those before are used; the host waits for no copy to a GPU."""
+    def prepare(steps):     # -> the batches of `steps`, uint16, in pinned memory where a GPU will copy them
+        shares = [np.arange(*positions[i:i + 2]).reshape(world.size, -1)[world.rank] for i in steps]
+        tokens = rows.read(rows.shuffled(seed, np.concatenate(shares)))
+        return (tokens.pin_memory() if world.device.type == "cuda" else tokens).split(list(map(len, shares)))
     pool, queue = ThreadPoolExecutor(1), deque()
     chunks = groupby(range(step, len(positions) - 1), lambda i: positions[i] * rows.seq_len // (ahead * world.size))
     for chunk in [*(list(steps) for _, steps in chunks), None, None]:     # two are always under way
         queue.append(chunk and pool.submit(prepare, chunk))
         if len(queue) > 2:
-            batches, copied = queue.popleft().result()
-            if copied is not None:
-                torch.cuda.current_stream().wait_event(copied)
-                batches[0].record_stream(torch.cuda.current_stream())
-            yield from (batch.to(torch.int64) for batch in batches)     # here: a fourth of the bytes had to travel
+            for batch in queue.popleft().result():
+                yield batch.to(world.device, non_blocking=True).to(torch.int64)     # here: uint16 travels faster
 
 def document_starts(tokens_BT: torch.Tensor, end_of_text: int) -> torch.Tensor:
     """Returns the positions in tokens_BT, flattened, of each row's start and end-of-text, and then B T: int32 (n + 1,),
@@ -445,6 +401,7 @@ def linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """x W^T; the weight is kept in fp32 and cast to the dtype of x."""
     return F.linear(x, layer.weight.to(x.dtype))
 
+@lru_cache(4)
 def rotary_tables(seq_len: int, head_dim: int, base: float, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (cos, sin), fp32 (T, 1, K/2), of the angles position * base^(-2i/K)."""
     frequencies = base ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
@@ -465,9 +422,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.model_dim, config.model_dim, bias=False)
     def forward(self, x_BTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         q, k, v = linear(self.qkv, x_BTD).unflatten(2, (3, self.num_heads, -1)).unbind(2)
-        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
-        y_BHTK = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
-                                                scale=self.scale)
+        q, k, v = (x.transpose(1, 2) for x in (rotate(norm(q), cos, sin), rotate(norm(k), cos, sin), v))
+        y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         return linear(self.proj, y_BHTK.transpose(1, 2).flatten(2))
 
 class MLP(nn.Module):
@@ -491,12 +447,11 @@ class GPT(nn.Module):
     """Decoder-only transformer with activations in `dtype`; a call returns the targets' mean cross-entropy."""
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.config, self.dtype, self.tables = config, dtype, None
+        self.config, self.dtype = config, dtype
         self.embed = nn.Embedding(config.padded_vocab_size, config.model_dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.lm_head = nn.Linear(config.model_dim, config.padded_vocab_size, bias=False)
 
-    @torch.no_grad()
     def initialize(self, seed: int) -> "GPT":
         """Draws the weights, on the CPU and so the same everywhere: the first pattern that matches the name counts."""
         generator = torch.Generator().manual_seed(seed)
@@ -506,15 +461,12 @@ class GPT(nn.Module):
             std = next((std for pattern, std in rules.items() if re.fullmatch(pattern, name)), None)
             if std is None:
                 raise RunError(f"parameter {name}: no rule of GPT.initialize matches it; add one")
-            p.normal_(0.0, std(p), generator=generator)
+            nn.init.normal_(p, 0.0, std(p), generator)
         return self
 
     def hidden(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Returns the last block's output (B, T, D)."""
-        T = tokens_BT.size(1)
-        if self.tables is None or self.tables[0].size(0) < T or self.tables[0].device != tokens_BT.device:
-            self.tables = rotary_tables(T, self.config.head_dim, self.config.rope_base, tokens_BT.device)
-        cos, sin = (table[:T] for table in self.tables)
+        cos, sin = rotary_tables(tokens_BT.size(1), self.config.head_dim, self.config.rope_base, tokens_BT.device)
         x_BTD = norm(self.embed(tokens_BT).to(self.dtype))
         for block in self.blocks:
             x_BTD = block(x_BTD, cos, sin)
@@ -781,19 +733,18 @@ def set_schedules(optimizers: list, c: Config, step: int) -> None:
 def micro_batch_rows(c: Config, rows: int, world_size: int, gpu_bytes: int = 0) -> int:
     """Returns the rows of a micro-batch for a global batch of `rows`: --micro_batch, or, where that is 0, the most that
     divide a rank's share within 4,096 tokens on a CPU (its caches), 8,192 for every 20 GB of a GPU's memory."""
-    def divisors(n):
-        return [d for d in range(1, n + 1) if n % d == 0]
-    if rows % world_size:
+    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+    if world_size not in divisors:
         raise RunError(f"--batch_tokens: {rows} rows of --seq_len {c.seq_len} cannot be shared by {world_size} "
-                       f"processes; start {', '.join(map(str, divisors(rows)))} of them")
+                       f"processes; start {', '.join(map(str, divisors))} of them")
     per_rank = rows // world_size
-    if not c.micro_batch:
-        limit = 8192 * max(1, int(gpu_bytes / 20e9)) if gpu_bytes else 4096
-        return max(d for d in divisors(per_rank) if d * c.seq_len <= max(limit, c.seq_len))
-    if per_rank % min(c.micro_batch, per_rank):
+    divisors = [n for n in divisors if per_rank % n == 0]
+    by_memory = (8192 * max(1, int(gpu_bytes / 20e9)) if gpu_bytes else 4096) // c.seq_len
+    micro_batch = max(n for n in divisors if n <= max(1, c.micro_batch or by_memory))
+    if micro_batch < min(c.micro_batch, per_rank):
         raise RunError(f"--micro_batch {c.micro_batch}: does not divide the {per_rank} rows of a step that each of "
-                       f"{world_size} processes has; give {', '.join(map(str, divisors(per_rank)))}, or 0")
-    return min(c.micro_batch, per_rank)
+                       f"{world_size} processes has; give {', '.join(map(str, divisors))}, or 0")
+    return micro_batch
 
 # ======== 7. Evaluation. Do not edit: it defines the target. ==========================================================
 @torch.no_grad()
@@ -804,10 +755,7 @@ def evaluate(model: GPT, rows: Rows, c: Config, world: World, micro_batch: int) 
     for start in range(0, len(mine), micro_batch):
         tokens = rows.read(np.array(mine[start:start + micro_batch])).to(world.device).to(torch.int64)
         total += model(tokens[:, :-1], tokens[:, 1:]).double() * tokens[:, 1:].numel()
-    if world.size > 1:
-        with world.collective("sum of the validation loss"):
-            dist.all_reduce(total)
-    return total.item() / c.val_tokens
+    return sum(world.gather(total.item(), "sum of the validation loss")) / c.val_tokens
 
 # ======== 8. Checkpoints. =============================================================================================
 CHECKPOINT = "checkpoint.pt"
@@ -831,8 +779,7 @@ def load_checkpoint(option: str, name: str) -> dict:
         content["config"], content["model"], content["optimizers"], content["step"]
         return content
     except Exception as error:     # torch.load raises many types on a file that is not its own
-        raise RunError(f"--{option} {name}: {path} is no checkpoint of train_gpt.py, or damaged ({error}); give "
-                       "another one") from None
+        raise RunError(f"--{option} {name}: {path} is no checkpoint, or damaged ({error}); give another") from None
 
 # ======== 9. Main: set-up, priming, loop, summary. ====================================================================
 def accumulate_gradients(model: nn.Module, tokens: torch.Tensor, micro_batch: int, world: World) -> torch.Tensor:
@@ -938,7 +885,7 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
         raw.compile_parts()
     if world.size > 1:
         with world.collective("start-up broadcast of the weights"):
-            model = DistributedDataParallel(raw, gradient_as_bucket_view=True)
+            model = nn.parallel.DistributedDataParallel(raw, gradient_as_bucket_view=True)
     optimizers, table = make_optimizers(raw, c, dtype if bf16 else None, compiled)
 
     tokens_total, epochs = positions[-1] * c.seq_len, positions[-1] / train_rows.num_rows
