@@ -14,7 +14,6 @@ K head_dim, V padded vocabulary; m x n any matrix. Losses are nats a token, time
 """
 
 import argparse
-import copy
 import dataclasses
 import datetime
 import difflib
@@ -85,7 +84,6 @@ class Config:
     matrix_optimizer: Literal["muon", "orthogonal_nesterov", "adamw"] = knob("muon", ..., "of the blocks' matrices")
     lr: float               = knob(0.002,    ...,       "learning rate of the lm_head")
     matrix_lr_ratio: float  = knob(0.0,      ...,       "of the matrices (0 = what belongs to optimizer and scale)")
-    mlp_proj_lr_ratio: float = knob(1.0,     ...,       "of the MLP's down-projections, to the other matrices")
     embed_lr_ratio: float   = knob(30.0,     150.0,     "of the embedding")
     update_scale: Literal["sqrt_ratio", "sqrt_max", "match_rms_adamw"] = knob("sqrt_ratio", ..., "of Muon's updates")
     momentum: float         = knob(0.95,     ...,       "of Muon")
@@ -123,7 +121,6 @@ class Config:
 
     model_dim = property(lambda self: self.num_heads * self.head_dim)
     padded_vocab_size = property(lambda self: -(-self.vocab_size // 64) * 64)
-
     def __post_init__(self):
         def require(names, holds, remedy):
             for name in names:
@@ -342,7 +339,6 @@ class Rows:
         if self.num_rows == 0:
             raise RunError(f"--{option} {pattern}: {self.num_tokens} tokens do not fill a row of --seq_len {seq_len} "
                            "and its next token; give more text")
-
     def check(self, world: World) -> str:
         """Reads all tokens, shared among the ranks; returns their sha256 (of several shards: that of their lines)."""
         mine = self.paths[world.rank::world.size]
@@ -350,7 +346,6 @@ class Rows:
             digests = zip(mine, pool.map(check_shard, mine, repeat(self.vocab_size)), strict=True)
         lines = [digest for _, digest in sorted(sum(world.gather(list(digests)), []))]
         return lines[0] if len(lines) == 1 else hashlib.sha256("".join(f"{x}\n" for x in lines).encode()).hexdigest()
-
     def read(self, rows: np.ndarray) -> torch.Tensor:
         """Returns tokens uint16 (len(rows), seq_len + 1); by numpy, which copies rows several times faster."""
         tokens, order = np.empty((len(rows), self.seq_len + 1), dtype=np.uint16), np.argsort(rows)     # as in the files
@@ -358,7 +353,6 @@ class Rows:
         for windows, before, here in zip(self.windows, self.ends, shares, strict=False):
             tokens[here] = windows[rows[here] - before]
         return torch.from_numpy(tokens)
-
     def shuffled(self, seed: int, positions: np.ndarray) -> np.ndarray:
         """Returns the rows at `positions` of the training order: a permutation an epoch, a pure function of the seed.
         Neighbouring rows are alike, so they are shuffled apart; ranks and micro-steps only group what it gives."""
@@ -372,18 +366,24 @@ class Rows:
 def load_batches(rows: Rows, positions: list[int], seed: int, world: World, step: int = 0, ahead: int = 2**20):
     """The distributed loader: yields this rank's tokens, int64 (R, T + 1) on its device, of each step from `step` on.
     Step i takes the rows at positions[i] to [i + 1] of the training order, a function of i alone: to resume takes no
-    state. A thread prepares about `ahead` tokens while those before are used; the host waits for no copy to a GPU."""
-    def prepare(steps):     # -> the batches of `steps`, uint16, in pinned memory where a GPU will copy them
+    state. A thread prepares about `ahead` tokens while those before are used; to a GPU it copies on a side stream."""
+    stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
+    def prepare(steps):     # -> the batches of `steps`, uint16, as a copy to the GPU that may still be under way
         shares = [np.arange(*positions[i:i + 2]).reshape(world.size, -1)[world.rank] for i in steps]
         tokens = rows.read(rows.shuffled(seed, np.concatenate(shares)))
-        return (tokens.pin_memory() if world.device.type == "cuda" else tokens).split(list(map(len, shares)))
+        with torch.cuda.stream(stream):     # does nothing for None
+            tokens = tokens.pin_memory().to(world.device, non_blocking=True) if stream else tokens
+        return tokens.split(list(map(len, shares)))
     pool, queue = ThreadPoolExecutor(1), deque()
     chunks = groupby(range(step, len(positions) - 1), lambda i: positions[i] * rows.seq_len // (ahead * world.size))
     for chunk in [*(list(steps) for _, steps in chunks), None, None]:     # two are always under way
         queue.append(chunk and pool.submit(prepare, chunk))
         if len(queue) > 2:
-            for batch in queue.popleft().result():
-                yield batch.to(world.device, non_blocking=True).to(torch.int64)     # here: uint16 travels faster
+            batches = queue.popleft().result()
+            if stream is not None:
+                torch.cuda.current_stream().wait_stream(stream)
+                batches[0].record_stream(torch.cuda.current_stream())
+            yield from (batch.to(torch.int64) for batch in batches)     # here: a fourth of the bytes had to travel
 
 def document_starts(tokens_BT: torch.Tensor, end_of_text: int) -> torch.Tensor:
     """Returns the positions in tokens_BT, flattened, of each row's start and end-of-text, and then B T: int32 (n + 1,),
@@ -451,7 +451,6 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(config.padded_vocab_size, config.model_dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.lm_head = nn.Linear(config.model_dim, config.padded_vocab_size, bias=False)
-
     def initialize(self, seed: int) -> "GPT":
         """Draws the weights, on the CPU and so the same everywhere: the first pattern that matches the name counts."""
         generator = torch.Generator().manual_seed(seed)
@@ -463,7 +462,6 @@ class GPT(nn.Module):
                 raise RunError(f"parameter {name}: no rule of GPT.initialize matches it; add one")
             nn.init.normal_(p, 0.0, std(p), generator)
         return self
-
     def hidden(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Returns the last block's output (B, T, D)."""
         cos, sin = rotary_tables(tokens_BT.size(1), self.config.head_dim, self.config.rope_base, tokens_BT.device)
@@ -471,22 +469,14 @@ class GPT(nn.Module):
         for block in self.blocks:
             x_BTD = block(x_BTD, cos, sin)
         return x_BTD
-
     def logits(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Returns the soft-capped logits (B, T, V), fp32, for the token after each token, of `hidden`'s result."""
         logits_BTV = linear(self.lm_head, norm(x_BTD)).float()
         return self.config.logit_softcap * torch.tanh(logits_BTV / self.config.logit_softcap)
-
     def loss(self, x_BTD: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(self.logits(x_BTD).flatten(0, 1), targets_BT.flatten())
     def forward(self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
         return self.loss(self.hidden(tokens_BT), targets_BT)
-
-    def compile_parts(self) -> None:
-        """Compiles each block and the loss in place: almost as fast as the whole graph, in a fraction of the time."""
-        for block in self.blocks:
-            block.compile(dynamic=False)
-        self.loss = torch.compile(self.loss, dynamic=False)
 
 # ======== 5. Optimizers and the parameter table. ======================================================================
 POLYNOMIALS = {     # a factor of |G|_F, and (a, b, c) of each step, s <- a s + b s^3 + c s^5; the last repeats
@@ -495,8 +485,7 @@ POLYNOMIALS = {     # a factor of |G|_F, and (a, b, c) of each step, s <- a s + 
                              (3.2858, -2.3681, 0.4645), (2.3465, -1.7098, 0.4232)]),     # Amsel et al. 2025, 2505.16932
 }
 
-def orthogonalize(G: torch.Tensor, steps: int = 5, dtype: torch.dtype | None = None, polynomial: str = "quintic",
-                  gram: bool | None = None) -> torch.Tensor:
+def orthogonalize(G: torch.Tensor, steps=5, dtype=None, polynomial="quintic", gram=None) -> torch.Tensor:
     """Returns about U V^T of each matrix U S V^T in a batch G (k, m, n), m <= n, by Newton-Schulz in `dtype`.
 
     X <- a X + b (X X^T) X + c (X X^T)^2 X from X = G / |G|_F. Five steps do not lift singular values below 0.003 |G|_F
@@ -535,13 +524,13 @@ class Muon(torch.optim.Optimizer):
 
         v <- mu v + (1 - mu) g;   u <- orthogonalize((1 - mu) g + mu v);   W <- (1 - lr wd) W - lr scale(m, n) u
 
-    A parameter is a matrix, a bank (k, m, n) of them, or, by `parts` of its group, fused (parts m, n); each matrix is
-    orthogonalised apart. Gains, biases, embeddings, the lm_head and sharded tensors are refused; convolution filters
-    are the caller's to flatten. `accumulate`: v <- mu v + g, and then g + mu v (OrthogonalNesterov); `nesterov=False`
-    orthogonalises v itself. `beta2` > 0: NorMuon (Li et al. 2025, arXiv:2510.05491): u over the running RMS of its rows
-    or, where they are more, columns, at the norm of u. `cautious`: decay of lr wd (lr / base_lr), where u and W
-    agree in sign. In a process group each parameter has an owner, which alone holds its state and computes its update,
-    from gradients that are the same on all ranks; a batch of matrices is gathered while the next is computed.
+    A parameter is a matrix, a bank (k, m, n), or by `parts` of its group fused (parts m, n); each matrix of it is taken
+    apart. Not for gains, biases, embeddings, the lm_head or sharded tensors; convolution filters are the caller's to
+    flatten. `accumulate`: v <- mu v + g, and then g + mu v (OrthogonalNesterov); `nesterov=False`: v itself. `beta2` is
+    NorMuon's (Li et al. 2025, arXiv:2510.05491; 0 = off): u over the running RMS of its rows or, where they are more,
+    columns, at the norm of u. `cautious`: decay of lr wd (lr / base_lr), where u and W agree in sign. Each parameter
+    has an owner in the process group, which alone holds its state and computes its update, from gradients that are
+    the same on all ranks; a batch of matrices is gathered while the next is computed.
     """
     def __init__(self, params, lr=0.03, momentum=0.95, weight_decay=0.0, parts=1, update_scale="sqrt_ratio",
                  nesterov=True, accumulate=False, cautious=False, beta2=0.0, ns_steps=5, polynomial="quintic",
@@ -553,29 +542,25 @@ class Muon(torch.optim.Optimizer):
         function = torch.compile(orthogonalize, dynamic=False) if compiled else orthogonalize
         self.orthogonalize = partial(function, steps=ns_steps, polynomial=polynomial, dtype=ns_dtype)
         self.owners, self.observed = {}, None     # observed: a dict that is given each parameter's u, for the metrics
-        self.rank, self.world_size = world or (
-            (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1))
+        own = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank, self.world_size = world or own
         costs, loads = {}, [0] * self.world_size
         for group in self.param_groups:
             group.setdefault("base_lr", group["lr"])
             for name, p in zip(group.get("param_names", repeat("a parameter")), group["params"], strict=False):
-                parts = group["parts"]
-                uneven = parts > 1 and (p.ndim != 2 or p.size(0) % parts)
+                outside = p.ndim < 2 or re.search("embed|lm_head", name)
                 wrong = ("is a DTensor; give whole tensors" if hasattr(p, "placements") else
-                         "is no matrix of a hidden layer; give it to AdamW" if re.search("embed|lm_head", name) else
-                         "has no rows and columns; give it to AdamW" if p.ndim < 2 else
+                         "is no matrix of a hidden layer; give it to AdamW" if outside else
                          "has more than 3 dimensions; flatten filters to (out, in h w)" if p.ndim > 3 else
-                         f"does not have {parts} equal parts" if uneven else "")
+                         f"has no {group['parts']} equal parts" if p.ndim == 2 and p.size(0) % group["parts"] else "")
                 if wrong:
                     raise ValueError(f"Muon: {name}, {tuple(p.shape)}, {wrong}")
-                costs[p] = p.numel() * min(matrices(p, parts).shape[1:])
+                costs[p] = p.numel() * min(matrices(p, group["parts"]).shape[1:])
         for p in sorted(costs, key=costs.get, reverse=True):     # the costliest first, each to the least loaded rank
             self.owners[p] = loads.index(min(loads))
             loads[self.owners[p]] += costs[p]
-
     def members(self) -> list[tuple]:
         return [(p, group) for group in self.param_groups for p in group["params"]]
-
     @torch.no_grad()
     def step(self, closure=None):
         batches = {}     # same-shaped matrices, tall ones transposed, of all parameters together
@@ -595,58 +580,45 @@ class Muon(torch.optim.Optimizer):
                     decay *= lr / group["base_lr"] if self.cautious else 1
                     W.sub_(W * (u * W > 0) if self.cautious else W, alpha=decay)
                 W.add_(u, alpha=-lr * UPDATE_SCALES[group["update_scale"]][0](*W.shape[1:]))
-
     def start(self, shape: tuple, items: list) -> tuple:
         """Computes this rank's updates of `items` [(p, group)], whose matrices, or their transposes, all have `shape`;
         returns [(p, group, u (k, *shape))] of all ranks, the gathering to wait for, and what must live until then."""
-        counts, places = [0] * self.world_size, []
-        for p, group in items:
-            owner, k = self.owners[p], len(matrices(p, group["parts"]))
-            places.append((owner, slice(counts[owner], counts[owner] + k)))
-            counts[owner] += k
-        mine = [(p, group) for p, group in items if self.owners[p] == self.rank]
-        U = torch.zeros(max(counts), *shape, dtype=self.ns_dtype or p.dtype, device=p.device)
+        owned = [[(p, group) for p, group in items if self.owners[p] == rank] for rank in range(self.world_size)]
+        counts = [[len(matrices(p, group["parts"])) for p, group in part] for part in owned]
+        mine, p = owned[self.rank], items[0][0]
+        U = torch.zeros(max(map(sum, counts)), *shape, dtype=self.ns_dtype or p.dtype, device=p.device)
         if mine:
-            states = [self.own_state(p, group) for p, group in mine]
-            u = self.orthogonalize(torch.cat(list(map(self.direction, states, mine))))
-            U[:counts[self.rank]] = self.normalize(u, states) if self.beta2 else u
+            u = self.orthogonalize(torch.cat([self.direction(p, group) for p, group in mine]))
+            U[:len(u)] = self.normalize(u, mine, counts[self.rank]) if self.beta2 else u
         gathered, gathering = U, None
         if self.world_size > 1:
             gathered = U.new_empty(self.world_size * len(U), *shape)
             all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)     # renamed in torch 2.13
             gathering = all_gather(gathered, U, async_op=True)
-        parts = gathered.split(len(U))
-        return [(*item, parts[owner][place]) for item, (owner, place) in zip(items, places, strict=True)], gathering, U
-
-    def own_state(self, p: torch.Tensor, group: dict) -> dict:
-        state = self.state[p]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(p, dtype=self.momentum_dtype)
-            if self.beta2:
-                k, m, n = matrices(p, group["parts"]).shape
-                state["second_moment"] = p.new_zeros(k, 1, max(m, n))
-        return state
-
-    def direction(self, state: dict, item: tuple) -> torch.Tensor:
-        """Updates the momentum of a parameter; returns what is to be orthogonalised, (k, m, n) with m <= n."""
-        (p, group), stored = item, state["momentum_buffer"]
-        v, g, mu = stored.to(p.dtype), p.grad, group["momentum"]     # v is `stored` itself where the dtypes agree
+        shares = zip(owned, counts, gathered.split(len(U)), strict=True)     # padded to the longest
+        return [(*item, u) for part, sizes, share in shares
+                for item, u in zip(part, share[:sum(sizes)].split(sizes), strict=True)], gathering, U
+    def direction(self, p: torch.Tensor, group: dict) -> torch.Tensor:
+        """Updates the momentum of p; returns what is to be orthogonalised, (k, m, n) with m <= n."""
+        if "momentum_buffer" not in self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=self.momentum_dtype)
+        stored, g, mu = self.state[p]["momentum_buffer"], p.grad, group["momentum"]
+        v = stored.to(p.dtype)     # `stored` itself where the dtypes agree
         v = v.mul_(mu).add_(g) if self.accumulate else v.lerp_(g, 1 - mu)
         stored.copy_(v)
         if self.nesterov:
             v = g.add(v, alpha=mu) if self.accumulate else g.lerp(v, mu)
         M = matrices(v, group["parts"])
         return M.mT if M.size(1) >= M.size(2) else M
-
-    def normalize(self, U: torch.Tensor, states: list) -> torch.Tensor:
-        """NorMuon's second step, of U (k, m, n), m <= n: each column's mean square is tracked."""
-        tracked = [state["second_moment"] for state in states]
-        S = torch.cat(tracked).lerp_(U.square().mean(1, keepdim=True, dtype=tracked[0].dtype), 1 - self.beta2)
-        torch._foreach_copy_(tracked, S.split(list(map(len, tracked))))
-        even = U * S.clamp_min(1e-10).rsqrt()
+    def normalize(self, U: torch.Tensor, mine: list, counts: list[int]) -> torch.Tensor:
+        """NorMuon's second step, of U (k, m, n), m <= n, of all of `mine`: each column's mean square is tracked."""
+        r = U.square().mean(1, keepdim=True, dtype=mine[0][0].dtype)
+        for (p, _), new in zip(mine, r.split(counts), strict=True):
+            state = self.state[p]
+            state["second_moment"] = torch.lerp(state.get("second_moment", torch.zeros_like(new)), new, 1 - self.beta2)
+        even = U * torch.cat([self.state[p]["second_moment"] for p, _ in mine]).clamp_min(1e-10).rsqrt()
         before, after = (x.norm(dim=(1, 2), keepdim=True) for x in (U, even))
         return even * (before / after.clamp_min(1e-10))
-
     def state_dict(self) -> dict:
         """Returns the whole state, of several ranks on the CPU; all ranks must call this together."""
         whole, shares = super().state_dict(), [{}] * self.world_size
@@ -655,7 +627,6 @@ class Muon(torch.optim.Optimizer):
             dist.all_gather_object(shares, mine)
             whole["state"] = {i: state for share in shares for i, state in share.items()}
         return whole
-
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict({**state_dict, "state": {}})     # it would cast each tensor to its parameter's dtype
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -673,7 +644,6 @@ def parameter_rules(c: Config) -> list[tuple]:
         (r"lm_head\.weight",              "adamw",   c.lr,                     c.adam_weight_decay, 1),
         (r"embed\.weight",                "adamw",   c.lr * c.embed_lr_ratio,  c.adam_weight_decay, 1),
         (r"blocks\..*\.qkv\.weight",      matrix,    matrix_lr,                decay,               qkv_parts),
-        (r"blocks\..*\.mlp\.proj\.weight", matrix, matrix_lr * c.mlp_proj_lr_ratio, decay,            1),
         (r"blocks\..*\.(proj|up)\.weight", matrix,   matrix_lr,                decay,               1),
         (r".*(gain|bias|scale|lambda)s?", "adamw",   c.lr,                     0.0,                 1),
     ]
@@ -695,13 +665,11 @@ def make_optimizers(model: GPT, c: Config, ns_dtype=None, compiled=False) -> tup
             lines.append((name, f"{count} of {shape}", optimizer, f"{lr:g}", f"{weight_decay:g}", str(parts)))
     optimizers = [torch.optim.AdamW(groups[True], betas=c.betas, eps=c.adam_eps, fused=True)]
     if groups[False]:
-        muon = dict(update_scale=c.update_scale, polynomial=c.polynomial, nesterov=c.nesterov == "on",
-                    beta2=c.normuon_beta2, cautious=c.decay_kind == "cautious")
-        settings = muon if c.matrix_optimizer == "muon" else dict(update_scale="none", accumulate=True)
+        options = dict(accumulate=True, update_scale="none") if c.matrix_optimizer == "orthogonal_nesterov" else dict(
+            update_scale=c.update_scale, polynomial=c.polynomial, nesterov=c.nesterov == "on", beta2=c.normuon_beta2,
+            cautious=c.decay_kind == "cautious")
         optimizers.append(Muon(groups[False], momentum=c.momentum, ns_steps=c.ns_steps, ns_dtype=ns_dtype,
-                               momentum_dtype=getattr(torch, c.momentum_dtype), compiled=compiled, **settings))
-    covered = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(covered) == sorted(id(p) for p in model.parameters()), "a parameter is missing, or in two groups"
+                               momentum_dtype=getattr(torch, c.momentum_dtype), compiled=compiled, **options))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
     return optimizers, table
@@ -709,10 +677,9 @@ def make_optimizers(model: GPT, c: Config, ns_dtype=None, compiled=False) -> tup
 # ======== 6. Schedules: pure functions of the step (0 for the first). =================================================
 def lr_multiplier(c: Config, step: int) -> float:
     """Trapezoid: linear warm-up, constant, linear cool-down to final_lr_frac (Hagele et al. 2024, arXiv:2405.18392)."""
-    if step < c.warmup_steps:
-        return (step + 1) / c.warmup_steps
+    up = (step + 1) / c.warmup_steps if c.warmup_steps else 1.0
     left = min(1.0, (c.num_steps - step) / max(1, min(c.cooldown_steps, c.num_steps)))
-    return c.final_lr_frac + left * (1 - c.final_lr_frac)
+    return min(up, c.final_lr_frac + left * (1 - c.final_lr_frac))
 
 def muon_momentum(c: Config, step: int) -> float:
     """Linear from momentum_start to momentum, constant, and at the end linear back to momentum_start."""
@@ -762,36 +729,34 @@ CHECKPOINT = "checkpoint.pt"
 
 def save_checkpoint(path: Path, content: dict) -> None:
     """Writes beside `path`, syncs and renames: at any moment `path` is a whole checkpoint, the old one or the new."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
+    with open(path.with_name(path.name + ".part"), "wb") as file:
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(part, path)
+    os.replace(file.name, path)
 
-def load_checkpoint(option: str, name: str) -> dict:
-    """Returns the checkpoint in the file, or run folder, `name`; only tensors and plain values are unpickled."""
+def load_checkpoint(option: str, name: str, model: nn.Module | None = None) -> dict:
+    """Returns the checkpoint in the file, or run folder, `name`, loaded into `model`; unpickles no code."""
     path = Path(name) / CHECKPOINT if Path(name).is_dir() else Path(name)
     if not path.is_file():
         raise RunError(f"--{option} {name}: no checkpoint there; give a {CHECKPOINT}, or a run folder that holds one")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         content["config"], content["model"], content["optimizers"], content["step"]
+        _ = model is None or model.load_state_dict(content["model"])
         return content
     except Exception as error:     # torch.load raises many types on a file that is not its own
-        raise RunError(f"--{option} {name}: {path} is no checkpoint, or damaged ({error}); give another") from None
+        raise RunError(f"--{option} {name}: {path} is damaged, or of another model ({error}); give another") from None
 
 # ======== 9. Main: set-up, priming, loop, summary. ====================================================================
 def accumulate_gradients(model: nn.Module, tokens: torch.Tensor, micro_batch: int, world: World) -> torch.Tensor:
     """Makes the gradient of the mean loss over the global batch; returns the loss over this rank's `tokens` (R, T + 1).
-
-    All micro-steps but the last run inside no_sync, the forward too: DDP decides there whether to reduce.
-    """
+    All micro-steps but the last run inside no_sync, the forward too: DDP decides there whether to reduce."""
     micro_batches, total = tokens.split(micro_batch), 0.0
     model.zero_grad(set_to_none=True)
-    for i, part in enumerate(micro_batches, 1):
-        last = i == len(micro_batches)
-        with world.collective("average of the gradients") if last or world.size == 1 else model.no_sync():
+    for part in micro_batches:
+        last = part is micro_batches[-1] or world.size == 1
+        with world.collective("average of the gradients") if last else model.no_sync():
             loss = model(part[:, :-1], part[:, 1:]) / len(micro_batches)
             loss.backward()
         total += loss.detach()
@@ -801,20 +766,17 @@ def update(optimizers: list, c: Config, step: int, world: World) -> None:
     """A step of all optimizers on the gradients, which stay until the next are made."""
     set_schedules(optimizers, c, step)
     if c.grad_clip:     # g <- g min(1, c / |g|), of all parameters together
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        groups = sum((optimizer.param_groups for optimizer in optimizers), [])
         nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], c.grad_clip)
     for optimizer in optimizers:
         with world.collective("exchange of the matrices' updates"):
             optimizer.step()
 
 def measure(model: nn.Module, before: dict, observed: dict) -> dict:
-    """Returns the figures of the last step, {parameters that differ in their layer alone: {figure: value}}.
-
-    Frobenius norms of gradient, weight and update, the update's RMS, and its norm over the weight's, from the weights
-    `before` it. Of Muon's u, `observed`, before rate and scale: the error of orthogonality |u u^T - I|_F / sqrt(m) for
-    m <= n, the extreme singular values, and the share of entries that agree with the weight's in sign: where cautious
-    decay acts.
-    """
+    """Returns the figures of the last step, {parameters that differ in their layer alone: {figure: value}}: Frobenius
+    norms of gradient, weight and update, the update's RMS, and its norm over the weight's, from the weights `before`.
+    Of Muon's u, `observed`, before rate and scale: the error of orthogonality |u u^T - I|_F / sqrt(m), m <= n, the
+    extreme singular values, and the share of entries that agree in sign with the weight: where cautious decay acts."""
     kinds, figures = {}, {}
     for name, p in model.named_parameters():
         kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append((p, p.detach(), before[name], p.grad))
@@ -831,19 +793,6 @@ def measure(model: nn.Module, before: dict, observed: dict) -> dict:
         figures[kind] = {key: x.item() if x.isfinite() else None for key, x in found.items()}
     return figures
 
-def prime(model: nn.Module, raw: GPT, optimizers: list, c: Config, world: World, micro_batches: set[int]) -> float:
-    """Runs `prime_steps` steps on dummy data; returns the seconds that they, and compilation, took."""
-    clock = Clock(world.device)
-    clock.start()
-    for micro_batch in sorted(micro_batches) * c.prime_steps:
-        tokens = torch.randint(c.vocab_size, (2 * micro_batch, c.seq_len + 1)).to(world.device)
-        accumulate_gradients(model, tokens, micro_batch, world)
-        update(optimizers, c, 0, world)
-        with torch.no_grad():
-            raw(tokens[:micro_batch, :-1], tokens[:micro_batch, 1:])
-    clock.pause()
-    return clock.elapsed
-
 def train(c: Config, world: World, resumed: dict | None) -> int:
     """Trains to the end, or to a signal; returns the exit status of the process."""
     signals, source, device = catch_signals(), Path(__file__).read_text(encoding="utf-8"), world.device
@@ -857,7 +806,7 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
     if (found := val_rows.num_rows * c.seq_len) < c.val_tokens:
         raise RunError(f"--val_tokens {c.val_tokens}: {c.val_files} has {found}; give that or less, or more text")
     data = dict(train=train_rows.check(world), val=val_rows.check(world))
-    known, val_tokens = dict(train=c.train_sha256, val=c.val_sha256), make_config(dict(track=c.track)).val_tokens
+    known, val_tokens = dict(train=c.train_sha256, val=c.val_sha256), FIELDS["val_tokens"].metadata[c.track]
     comparable = data == known and c.val_tokens == val_tokens if all(known.values()) else None     # None: not known
     if resumed and resumed["data"] != data:
         raise RunError(f"--resume {c.resume}: its run read other data; give that run's --train_files and --val_files "
@@ -877,39 +826,34 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
     torch.manual_seed(c.seed)
     model = raw = GPT(c, dtype).initialize(c.seed).to(device)
     if c.init_from and not resumed:
-        try:
-            raw.load_state_dict(load_checkpoint("init_from", c.init_from)["model"])
-        except RuntimeError as error:
-            raise RunError(f"--init_from {c.init_from}: its weights do not fit this Config's model ({error})") from None
+        load_checkpoint("init_from", c.init_from, raw)
     if compiled := c.compile == "on" or (c.compile == "auto" and device.type == "cuda"):
-        raw.compile_parts()
+        for block in raw.blocks:     # almost as fast as the whole graph, in a fraction of the time to compile
+            block.compile(dynamic=False)
+        raw.loss = torch.compile(raw.loss, dynamic=False)
     if world.size > 1:
         with world.collective("start-up broadcast of the weights"):
             model = nn.parallel.DistributedDataParallel(raw, gradient_as_bucket_view=True)
-    optimizers, table = make_optimizers(raw, c, dtype if bf16 else None, compiled)
+    optimizers, table = make_optimizers(raw, c, dtype, compiled)
 
     tokens_total, epochs = positions[-1] * c.seq_len, positions[-1] / train_rows.num_rows
-    hardware, revision = describe_hardware(world), git_revision()
+    hardware, commit = describe_hardware(world), git_revision()
     parameters, in_blocks = (sum(p.numel() for p in part.parameters()) for part in (raw, raw.blocks))
     log(source + "=" * 100, console=False)
     log(f"run folder: {folder}")
-    log("config: " + json.dumps(dataclasses.asdict(c)), console=False)
-    log(f"source: sha256 {hashlib.sha256(source.encode()).hexdigest()}, git {revision}", console=False)
+    log(f"config: {json.dumps(dataclasses.asdict(c))}\nhost: {platform.node()}\ndata sha256: train {data['train']}, "
+        f"val {data['val']}\nsource: sha256 {hashlib.sha256(source.encode()).hexdigest()}, git {commit}", console=False)
     log(f"versions: python {platform.python_version()}, torch {torch.__version__}, cuda {torch.version.cuda}, "
-        f"{platform.platform()}")
-    log(f"hardware: {hardware}")
-    log(f"host: {platform.node()}", console=False)
+        f"{platform.platform()}\nhardware: {hardware}")
     log(f"kernels: attention torch SDPA; activations and Newton-Schulz {str(dtype)[6:]}; torch.compile "
         + ("per block" if compiled else "off"))
     left_out = train_rows.num_tokens - train_rows.num_rows * c.seq_len
     log(f"data: {train_rows.num_tokens:,} training tokens in {len(train_rows.paths)} of {train_rows.num_found} shards "
         f"({left_out:,} at their ends left out); the run takes {tokens_total:,}, or {epochs:.2f} epochs")
-    log(f"data sha256: train {data['train']}, val {data['val']}", console=False)
     if epochs > 1:
         log(f"warning: the run goes round the data {epochs:.2f} times; text seen again teaches less, so prepare more")
     if comparable is False:
-        log("warning: this loss does not compare: the data's sha256, or --val_tokens, is not the track's "
-            "(data/local_text.py --force writes tiny's anew)")
+        log("warning: this loss does not compare: data or --val_tokens is not the track's (data/local_text.py --force)")
     log(f"batch: {', '.join(f'{n:,}' for n in c.batch_tokens)} tokens a step; a process runs "
         f"{', '.join(map(str, micro_batches.values()))} rows of {c.seq_len} at once")
     log(f"model: {parameters:,} parameters, of which {in_blocks:,} in the blocks\n{table}")
@@ -918,13 +862,22 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
         with world.collective("collection of the optimizers' state"):
             states = [optimizer.state_dict() for optimizer in optimizers]
         return dict(config=dataclasses.asdict(c), data=data, step=step, position=positions[step], elapsed=clock.elapsed,
-                    val_loss=val_loss, rng=torch.get_rng_state(), model=raw.state_dict(), optimizers=states)
+                    val_loss=val_loss, rng=torch.get_rng_state(), optimizers=states,
+                    model={name: p.to("cpu", copy=True) for name, p in raw.state_dict().items()})
 
     step, val_loss, clock = 0, None, Clock(device)
-    start = resumed or copy.deepcopy(snapshot())
-    prime_seconds = prime(model, raw, optimizers, c, world, set(micro_batches.values()))
+    start = resumed or snapshot()
+    clock.start()     # of the priming, which leaves no trace
+    for micro_batch in sorted(set(micro_batches.values())) * c.prime_steps:
+        tokens = torch.randint(c.vocab_size, (2 * micro_batch, c.seq_len + 1)).to(device)
+        accumulate_gradients(model, tokens, micro_batch, world)
+        update(optimizers, c, 0, world)
+        with torch.no_grad():
+            raw(tokens[:micro_batch, :-1], tokens[:micro_batch, 1:])
+    clock.pause()
+    prime_seconds = clock.elapsed
     log(f"priming: {prime_seconds:.1f} s of compilation and dummy steps, outside the training time")
-    raw.load_state_dict(start["model"])     # the priming leaves no trace
+    raw.load_state_dict(start["model"])
     for optimizer, state in zip(optimizers, start["optimizers"], strict=True):
         optimizer.load_state_dict(state)
     torch.set_rng_state(start["rng"])
@@ -932,7 +885,6 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
     if resumed:
         log(f"resumed: {c.resume} at step {step}/{c.num_steps}, after {clock.elapsed:.1f} s of training")
     loader, data_wait = load_batches(train_rows, positions, c.seed, world, step), 0.0
-    del start, resumed
 
     def require_finite(finite: bool, what: str) -> None:
         if not finite:
@@ -989,12 +941,11 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
         saves = c.save_every and step % c.save_every == 0
         if validates or saves or stopping or measures or device.type == "cpu":
             stopping, pending = finish(*pending) or stopping, None
-        if validates or saves or stopping or measures:
             clock.pause()
             if measures and world.rank == 0:
+                figures = dict(step=step, parameters=measure(raw, before, optimizers[-1].observed))
                 with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                    figures = measure(raw, before, optimizers[-1].observed)
-                    file.write(json.dumps(dict(step=step, parameters=figures)) + "\n")
+                    file.write(json.dumps(figures) + "\n")
             optimizers[-1].observed, ends = None, step == c.num_steps
             if (saves or stopping) and not ends:     # before a validation, which might fail
                 save()
@@ -1012,8 +963,7 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
         log(f"stopped by a signal at step {step}/{c.num_steps}; go on with: --resume {folder}")
         return 128 + (signals or [signal.SIGTERM])[0]
 
-    # Summary: `key: value` lines for grep, and the same as JSON. FLOP a token of a step: 6 a matrix weight and 12 L T D
-    # for attention (PaLM, arXiv:2204.02311, appendix B).
+    # FLOP a token of a step: 6 a matrix weight, and 12 L T D for attention (PaLM, arXiv:2204.02311, appendix B).
     speed = tokens_total / clock.elapsed
     flops = 6 * (parameters - raw.embed.weight.numel()) + 12 * c.num_layers * c.seq_len * c.model_dim
     peak = next((peak for name, peak in PEAK_FLOPS.items() if bf16 and re.search(rf"\b{name}\b", hardware)), None)
@@ -1023,7 +973,7 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
         data_wait_seconds=data_wait, steps=c.num_steps, tokens=tokens_total, tokens_per_second=speed,
         mfu=speed * flops / (peak * world.size) if peak else None,
         peak_memory_gib=max(world.gather(peak_memory_gib(device))), parameters=parameters, seed=c.seed,
-        world_size=world.size, hardware=hardware, torch=torch.__version__, git=revision,
+        world_size=world.size, hardware=hardware, torch=torch.__version__, git=commit,
         train_sha256=data["train"], val_sha256=data["val"])
     for key, value in summary.items():
         log(f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {json.dumps(value).strip(chr(34))}")

@@ -91,7 +91,7 @@ def test_schedules():
     optimizers, _ = train_gpt.make_optimizers(train_gpt.GPT(c), c)
     train_gpt.set_schedules(optimizers, c, 80)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    assert len(groups) == 5 and all(group["lr"] == pytest.approx(0.55 * group["base_lr"]) for group in groups)
+    assert len(groups) == 4 and all(group["lr"] == pytest.approx(0.55 * group["base_lr"]) for group in groups)
 
 
 def test_short_run_cools_down_over_all_of_it():

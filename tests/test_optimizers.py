@@ -214,16 +214,16 @@ def test_muon_refuses_what_does_not_belong():
         placements = ("Shard(0)",)     # what tells a DTensor from other tensors
 
     for name, p, parts, reason in (
-            ("blocks.0.gain", torch.zeros(8), 1, r"blocks.0.gain, \(8,\), has no rows and columns; give it to AdamW"),
+            ("blocks.0.gain", torch.zeros(8), 1, r"blocks.0.gain, \(8,\), is no matrix of a hidden layer"),
             ("embed.weight", torch.zeros(8, 4), 1, "embed.weight.* is no matrix of a hidden layer"),
             ("lm_head.weight", torch.zeros(8, 4), 1, "lm_head.weight.* is no matrix of a hidden layer"),
             ("conv.weight", torch.zeros(8, 4, 3, 3), 1, "conv.weight.*flatten filters to"),
-            ("qkv.weight", torch.zeros(8, 4), 3, "qkv.weight.* does not have 3 equal parts"),
+            ("qkv.weight", torch.zeros(8, 4), 3, "qkv.weight.* has no 3 equal parts"),
             ("up.weight", Sharded(torch.zeros(8, 4)), 1, "up.weight.* is a DTensor; give whole tensors")):
         p = p if isinstance(p, Sharded) else torch.nn.Parameter(p)
         with pytest.raises(ValueError, match=reason):
             train_gpt.Muon([dict(params=[(name, p)], parts=parts)])
-    with pytest.raises(ValueError, match="a parameter, .* has no rows"):
+    with pytest.raises(ValueError, match="a parameter, .* is no matrix"):
         train_gpt.Muon([torch.nn.Parameter(torch.zeros(8))])
 
 

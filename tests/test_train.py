@@ -156,7 +156,7 @@ def test_resume_rejects_what_would_change_the_run(one, text, tmp_path):
         result = run(*arguments, "--resume", one, "--log_dir", tmp_path)
         assert result.returncode == 2 and message in result.stderr, result.stderr
     (tmp_path / "checkpoint.pt").write_bytes((one / "checkpoint.pt").read_bytes()[:5000])
-    for name, message in (("none", "no checkpoint there"), ("checkpoint.pt", "or damaged")):
+    for name, message in (("none", "no checkpoint there"), ("checkpoint.pt", "is damaged, or of another model")):
         result = run("--resume", tmp_path / name)
         assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
 
@@ -176,7 +176,7 @@ def test_init_from_takes_the_weights_alone(one, text, tmp_path):
     assert float(losses(tmp_path / "r")["train", 1]) == pytest.approx(expected, abs=1e-5)
     assert "step:1/2" in result.stdout
     result = run("tiny", *SMALL, *text, "--num_layers", 3, "--init_from", one, "--log_dir", tmp_path, "--run_id", "s")
-    assert result.returncode == 2 and "do not fit this Config's model" in result.stderr
+    assert result.returncode == 2 and "is damaged, or of another model" in result.stderr
 
 
 def test_log_and_summary(one):
