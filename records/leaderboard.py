@@ -5,8 +5,9 @@
     python records/leaderboard.py --check     # writes nothing; exits 1 and names what does not agree with the logs
 
 A table stands between a marker, on a line of its own, and the line <!-- end -->. RECORD is a folder in records/:
-    <!-- leaderboard TRACK -->                    the settings of all records of a track, the fastest first
+    <!-- leaderboard TRACK -->                    the settings of a track that compare, the fastest first
     <!-- settings RECORD -->                      the settings of a record
+    <!-- sides RECORD NAME ... -->                the sides A, B .. of an A/B folder, by names of yours (_ is a space)
     <!-- runs RECORD -->                          its runs, every one
     <!-- best RECORD FIELD -->                    of each value of a field of Config, the setting with the lowest loss
     <!-- comparison RECORD -->                    compare.py's verdicts on the candidates of an A/B folder
@@ -25,6 +26,7 @@ import inspect
 import math
 import os
 import re
+import string
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +128,12 @@ def settings_of(folder: Path) -> list[Setting]:
             for values, runs in zip(fields, groups.values(), strict=True)]
 
 
+def side_of(run: Run) -> str:
+    """Returns the letter of a run in an A/B folder, or ''."""
+    found = re.match(r"\d+_([A-Z])_", run.folder.name)
+    return found[1] if found else ""
+
+
 def block_times(one: Setting) -> dict[str, float]:
     """Returns {block: mean logarithm of the seconds} of runs in an A/B folder, whose names are such as 03_A_seed4."""
     blocks = {}
@@ -181,15 +189,20 @@ def figures(one: Setting, ratio: float | None) -> dict:
 
 
 def leaderboard(root: Path, here: Path, track: str) -> list[str]:
-    rows = []
+    rows, others = [], {}
     for place, (one, ratio) in enumerate(ranked(root, track), 1):
+        if not one.comparable:
+            others.setdefault(f"[{one.record.name}]({os.path.relpath(one.record, here)})", []).append(one)
+            continue
         date, _, name = one.record.name.partition("_")
         found = figures(one, ratio)
         if not one.reached:
             found["seconds"] = "-"     # the time to a loss above the target is none
         rows.append({"place": place if one.has_place else "-", "record":
                      f"[{name}]({os.path.relpath(one.record, here)})", "what": one.what or "-", **found, "date": date})
-    return table(list(rows[0]), [list(row.values()) for row in rows]) if rows else [f"Nothing has run on {track} yet."]
+    lines = table(list(rows[0]), [list(row.values()) for row in rows]) if rows else [f"Nothing has run on {track} yet."]
+    left_out = ", ".join(f"{len(settings)} of {record}" for record, settings in sorted(others.items()))
+    return lines + ["", f"Left out, with other data, validation tokens or target: {left_out}."] * bool(others)
 
 
 def settings(root: Path, here: Path, record: str) -> list[str]:
@@ -200,6 +213,16 @@ def settings(root: Path, here: Path, record: str) -> list[str]:
             found["spread"] += f" ({min(one.losses):.4f} to {max(one.losses):.4f})"
         rows.append({"setting": one.what or "-", **found})
     return table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def sides(root: Path, here: Path, record: str, *names: str) -> list[str]:
+    groups = sorted(settings_of(root / "records" / record), key=lambda one: side_of(one.runs[0]))
+    if [side_of(one.runs[0]) for one in groups] != list(string.ascii_uppercase[:len(names)]):
+        raise LogError(f"records/{record} has not {len(names)} sides, A and so on; name each in the marker, in order")
+    heads = ["n", "loss", "spread", "target reached", "steps", "seconds", "time / AdamW's"]
+    rows = [figures(one, ratio_to_adamw(one, groups)) for one in groups]
+    return table(["side", *heads], [[name.replace("_", " "), *(row[head] for head in heads)]
+                                    for name, row in zip(names, rows, strict=True)])
 
 
 def runs(root: Path, here: Path, record: str) -> list[str]:
@@ -228,16 +251,16 @@ def best(root: Path, here: Path, record: str, field: str) -> list[str]:
 
 
 def comparison(root: Path, here: Path, record: str) -> list[str]:
-    folder, sides, rows = root / "records" / record, {}, []
+    folder, by_side, rows = root / "records" / record, {}, []
     plan = read_plan(folder)
     if plan is None:
         raise LogError(f"{folder} has no plan.json, so no sides; leave its comparison out")
     for run in read_record(folder):
-        if side := re.match(r"\d+_([A-Z])_", run.folder.name):
-            sides.setdefault(side[1], []).append(run)
-    for side in sorted(sides.keys() - {"A"}):
+        if side := side_of(run):
+            by_side.setdefault(side, []).append(run)
+    for side in sorted(by_side.keys() - {"A"}):
         try:
-            result = compare(sides.get("A", []), sides[side], plan["metric"], plan["alpha"], candidate=side)
+            result = compare(by_side.get("A", []), by_side[side], plan["metric"], plan["alpha"], candidate=side)
         except LogError as error:
             rows.append([side, "-", "-", "-", f"not decided ({error})"])
             continue
@@ -250,7 +273,7 @@ def comparison(root: Path, here: Path, record: str) -> list[str]:
 
 def changes(root: Path, here: Path, record: str, since: str = "", before: str = "", name: str = "") -> list[str]:
     first, *others = [one.runs[0] for one in settings_of(root / "records" / record)]
-    pairs, lines = [(f"{first.name} -> {other.name}", first, other) for other in others], []
+    pairs, lines, shown_before = [(f"{first.name} -> {other.name}", first, other) for other in others], [], {}
     if since:
         old = [run for run in read_record(root / "records" / before) if run.name == name]
         if not old:
@@ -264,8 +287,10 @@ def changes(root: Path, here: Path, record: str, since: str = "", before: str = 
         diff = list(difflib.unified_diff(a.source.splitlines(), b.source.splitlines(), *(
             f"train_gpt.py {run.source_sha256[:12]}" for run in (a, b)), lineterm=""))
         fields = changed([{**setting(run), "source": ""} for run in (a, b)]).replace('"', "")
-        lines += [f"{what}: {fields or 'the same Config'}; {'this diff:' if diff else 'the same source.'}", ""]
-        if diff:
+        above = shown_before.setdefault((a.source_sha256, b.source_sha256), what) if diff else what
+        told = "the same source." if not diff else "this diff:" if above == what else f"the diff of {above}."
+        lines += [f"{what}: {fields or 'the same Config'}; {told}", ""]
+        if diff and above == what:
             shown = " open" if len(diff) < 80 else ""
             lines += [f"<details{shown}><summary>{len(diff)} lines</summary>", "", "~~~~~diff", *diff, "~~~~~", "",
                       "</details>", ""]
@@ -274,7 +299,7 @@ def changes(root: Path, here: Path, record: str, since: str = "", before: str = 
 
 # The files.
 
-TABLES = dict(leaderboard=leaderboard, settings=settings, runs=runs, best=best, comparison=comparison, changes=changes)
+TABLES = {make.__name__: make for make in (leaderboard, settings, sides, runs, best, comparison, changes)}
 KINDS = "|".join([*TABLES, "published"])
 TABLE = re.compile(rf"^<!-- ({KINDS})((?: [\w./-]+)*) -->\n(.*?)^{END}$", re.MULTILINE | re.DOTALL)
 MARKER = re.compile(rf"^<!-- (?:{KINDS}|end)\b.*$", re.MULTILINE)

@@ -54,6 +54,22 @@ def test_the_tables_agree_with_the_logs(monkeypatch, capsys):
     assert "all tables agree" in capsys.readouterr().out
 
 
+def test_sides_by_name():
+    """The table of an A/B folder's sides, against the last losses and times in its logs; a wrong number of names."""
+    record = "tiny/2026-11-23_gelu"
+    lines = leaderboard.sides(ROOT, ROOT, record, "ReLU_squared", "GELU")
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| ReLU squared", "| GELU"]
+    for side, line in zip("AB", lines[2:], strict=True):
+        texts = [path.read_text() for path in ROOT.glob(f"records/{record}/*_{side}_*/log.txt")]
+        ends = [re.findall(r"^step:(\d+)/\1 val_loss:(\S+) train_time:(\d+)ms", text, re.M)[-1] for text in texts]
+        cells = line.strip("| ").split(" | ")
+        assert cells[1] == str(len(ends)) and cells[2] == f"{sum(float(end[1]) for end in ends) / len(ends):.4f}"
+        assert cells[6] == f"{sum(int(end[2]) for end in ends) / len(ends) / 1000:.1f}"
+    for names in (["one"], ["one", "two", "three"]):
+        with pytest.raises(leaderboard.LogError, match="name each in the marker"):
+            leaderboard.sides(ROOT, ROOT, record, *names)
+
+
 def test_a_changed_figure_is_caught_and_put_right(copy):
     for name, old, new in [("README.md", "| 1.4545 |", "| 1.4454 |"), ("records/README.md", "| 1.2733 |", "| 1.2732 |"),
                            ("records/tiny/2026-11-22_run_sh/README.md", "| 217.5 |", "| 127.5 |")]:
