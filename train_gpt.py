@@ -212,7 +212,7 @@ class World(NamedTuple):
 def start_world(timeout: float) -> World:
     """Joins the process group that torchrun describes in the environment, if there is one."""
     rank, size, local_rank = map(int, map(os.environ.get, ("RANK", "WORLD_SIZE", "LOCAL_RANK"), (0, 1, 0)))
-    gpus = torch.cuda.device_count()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if 0 < gpus <= local_rank:
         raise RunError(f"rank {rank}: no GPU {local_rank}, this node has {gpus}; give at most --nproc_per_node {gpus}")
     device, backend = (f"cuda:{local_rank}", "cpu:gloo,cuda:nccl") if gpus else ("cpu", "gloo")
@@ -374,7 +374,7 @@ def load_batches(rows: Rows, positions: list[int], seed: int, world: World, step
         with torch.cuda.stream(stream):     # does nothing for None
             tokens = tokens.pin_memory().to(world.device, non_blocking=True) if stream else tokens
         return tokens.split(list(map(len, shares)))
-    pool, queue = ThreadPoolExecutor(1), deque()
+    pool, queue = ThreadPoolExecutor(1, initializer=lambda: stream and torch.cuda.set_device(world.device)), deque()
     chunks = groupby(range(step, len(positions) - 1), lambda i: positions[i] * rows.seq_len // (ahead * world.size))
     for chunk in [*(list(steps) for _, steps in chunks), None, None]:     # two are always under way
         queue.append(chunk and pool.submit(prepare, chunk))
@@ -552,25 +552,24 @@ class Muon(torch.optim.Optimizer):
                 wrong = ("is a DTensor; give whole tensors" if hasattr(p, "placements") else
                          "is no matrix of a hidden layer; give it to AdamW" if outside else
                          "has more than 3 dimensions; flatten filters to (out, in h w)" if p.ndim > 3 else
-                         f"has no {group['parts']} equal parts" if p.ndim == 2 and p.size(0) % group["parts"] else "")
+                         f"has no {group['parts']} equal parts"
+                         if (p.size(0) if p.ndim == 2 else 1) % group["parts"] else "")
                 if wrong:
                     raise ValueError(f"Muon: {name}, {tuple(p.shape)}, {wrong}")
                 costs[p] = p.numel() * min(matrices(p, group["parts"]).shape[1:])
         for p in sorted(costs, key=costs.get, reverse=True):     # the costliest first, each to the least loaded rank
             self.owners[p] = loads.index(min(loads))
             loads[self.owners[p]] += costs[p]
-    def members(self) -> list[tuple]:
-        return [(p, group) for group in self.param_groups for p in group["params"]]
+    members = property(lambda self: [(p, group) for group in self.param_groups for p in group["params"]])
     @torch.no_grad()
     def step(self, closure=None):
         batches = {}     # same-shaped matrices, tall ones transposed, of all parameters together
-        for p, group in self.members():
+        for p, group in self.members:
             if p.grad is not None:
                 batches.setdefault(tuple(sorted(matrices(p, group["parts"]).shape[1:])), []).append((p, group))
         under_way = [self.start(shape, batches[shape]) for shape in sorted(batches, reverse=True)]
         for updates, gathering, _ in under_way:
-            if gathering is not None:
-                gathering.wait()
+            _ = gathering and gathering.wait()
             for p, group, u in updates:
                 W, lr, decay = matrices(p, group["parts"]), group["lr"], group["lr"] * group["weight_decay"]
                 u = u.mT if W.size(1) >= W.size(2) else u
@@ -586,16 +585,17 @@ class Muon(torch.optim.Optimizer):
         owned = [[(p, group) for p, group in items if self.owners[p] == rank] for rank in range(self.world_size)]
         counts = [[len(matrices(p, group["parts"])) for p, group in part] for part in owned]
         mine, p = owned[self.rank], items[0][0]
-        U = torch.zeros(max(map(sum, counts)), *shape, dtype=self.ns_dtype or p.dtype, device=p.device)
+        U = p.new_empty(0, *shape, dtype=self.ns_dtype)
         if mine:
-            u = self.orthogonalize(torch.cat([self.direction(p, group) for p, group in mine]))
-            U[:len(u)] = self.normalize(u, mine, counts[self.rank]) if self.beta2 else u
+            U = self.orthogonalize(torch.cat([self.direction(p, group) for p, group in mine]))
+            U = self.normalize(U, mine, counts[self.rank]).to(U.dtype) if self.beta2 else U
         gathered, gathering = U, None
         if self.world_size > 1:
+            U = torch.cat((U, U.new_zeros(max(map(sum, counts)) - len(U), *shape)))     # padded to the longest
             gathered = U.new_empty(self.world_size * len(U), *shape)
             all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)     # renamed in torch 2.13
             gathering = all_gather(gathered, U, async_op=True)
-        shares = zip(owned, counts, gathered.split(len(U)), strict=True)     # padded to the longest
+        shares = zip(owned, counts, gathered.split(len(U)), strict=True)
         return [(*item, u) for part, sizes, share in shares
                 for item, u in zip(part, share[:sum(sizes)].split(sizes), strict=True)], gathering, U
     def direction(self, p: torch.Tensor, group: dict) -> torch.Tensor:
@@ -620,17 +620,17 @@ class Muon(torch.optim.Optimizer):
         before, after = (x.norm(dim=(1, 2), keepdim=True) for x in (U, even))
         return even * (before / after.clamp_min(1e-10))
     def state_dict(self) -> dict:
-        """Returns the whole state, of several ranks on the CPU; all ranks must call this together."""
+        """Returns the state, on rank 0 of several the whole, on the CPU; all ranks must call this together."""
         whole, shares = super().state_dict(), [{}] * self.world_size
         if self.world_size > 1:
             mine = {i: {key: x.cpu() for key, x in state.items()} for i, state in whole["state"].items()}
-            dist.all_gather_object(shares, mine)
+            dist.gather_object(mine, shares if self.rank == 0 else None)
             whole["state"] = {i: state for share in shares for i, state in share.items()}
         return whole
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict({**state_dict, "state": {}})     # it would cast each tensor to its parameter's dtype
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, (p, _) in zip(saved, self.members(), strict=True):
+        saved = sum((group["params"] for group in state_dict["param_groups"]), [])
+        for i, (p, _) in zip(saved, self.members, strict=True):
             if self.owners[p] == self.rank and i in state_dict["state"]:
                 self.state[p] = {key: x.to(p.device, copy=True) for key, x in state_dict["state"][i].items()}
 
@@ -665,11 +665,11 @@ def make_optimizers(model: GPT, c: Config, ns_dtype=None, compiled=False) -> tup
             lines.append((name, f"{count} of {shape}", optimizer, f"{lr:g}", f"{weight_decay:g}", str(parts)))
     optimizers = [torch.optim.AdamW(groups[True], betas=c.betas, eps=c.adam_eps, fused=True)]
     if groups[False]:
-        options = dict(accumulate=True, update_scale="none") if c.matrix_optimizer == "orthogonal_nesterov" else dict(
-            update_scale=c.update_scale, polynomial=c.polynomial, nesterov=c.nesterov == "on", beta2=c.normuon_beta2,
-            cautious=c.decay_kind == "cautious")
-        optimizers.append(Muon(groups[False], momentum=c.momentum, ns_steps=c.ns_steps, ns_dtype=ns_dtype,
-                               momentum_dtype=getattr(torch, c.momentum_dtype), compiled=compiled, **options))
+        seed_002 = c.matrix_optimizer == "orthogonal_nesterov"
+        optimizers.append(Muon(groups[False], momentum=c.momentum, nesterov=c.nesterov == "on", accumulate=seed_002,
+                               cautious=c.decay_kind == "cautious", beta2=c.normuon_beta2, ns_steps=c.ns_steps,
+                               polynomial=c.polynomial, update_scale="none" if seed_002 else c.update_scale,
+                               ns_dtype=ns_dtype, momentum_dtype=getattr(torch, c.momentum_dtype), compiled=compiled))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
     return optimizers, table
@@ -774,11 +774,11 @@ def update(optimizers: list, c: Config, step: int, world: World) -> None:
 
 def measure(model: nn.Module, before: dict, observed: dict) -> dict:
     """Returns the figures of the last step, {parameters that differ in their layer alone: {figure: value}}: Frobenius
-    norms of gradient, weight and update, the update's RMS, and its norm over the weight's, from the weights `before`.
-    Of Muon's u, `observed`, before rate and scale: the error of orthogonality |u u^T - I|_F / sqrt(m), m <= n, the
+    norms of (clipped) gradient, weight `before` it and update, and the update's RMS, and norm over the weight's. Of
+    Muon's u, `observed`, before rate and scale: the error of orthogonality |u u^T - I|_F / sqrt(m), m <= n, the
     extreme singular values, and the share of entries that agree in sign with the weight: where cautious decay acts."""
     kinds, figures = {}, {}
-    for name, p in model.named_parameters():
+    for name, p in ((name, p) for name, p in model.named_parameters() if p.grad is not None):
         kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append((p, p.detach(), before[name], p.grad))
     for kind, members in kinds.items():
         matrices, *flat = zip(*members, strict=True)
@@ -787,7 +787,7 @@ def measure(model: nn.Module, before: dict, observed: dict) -> dict:
         found = dict(gradient=gradient.norm(), weight=weight.norm(), update=update.norm(),
                      update_rms=update.square().mean().sqrt(), update_to_weight=update.norm() / weight.norm())
         if u := [observed[p].float() for p in matrices if p in observed]:
-            S, agree = torch.linalg.svdvals(torch.cat(u)), torch.cat([x.flatten() for x in u]) * weight > 0
+            S, agree = torch.linalg.svdvals(torch.cat(u).nan_to_num()), torch.cat([x.flatten() for x in u]) * weight > 0
             found.update(orthogonality_error=(S.square() - 1).square().mean().sqrt(), least_singular=S.min(),
                          largest_singular=S.max(), decay_share=agree.float().mean())
         figures[kind] = {key: x.item() if x.isfinite() else None for key, x in found.items()}
@@ -875,13 +875,13 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
         with torch.no_grad():
             raw(tokens[:micro_batch, :-1], tokens[:micro_batch, 1:])
     clock.pause()
-    prime_seconds = clock.elapsed
-    log(f"priming: {prime_seconds:.1f} s of compilation and dummy steps, outside the training time")
+    log(f"priming: {clock.elapsed:.1f} s of compilation and dummy steps, outside the training time")
     raw.load_state_dict(start["model"])
     for optimizer, state in zip(optimizers, start["optimizers"], strict=True):
         optimizer.load_state_dict(state)
     torch.set_rng_state(start["rng"])
-    step, val_loss, clock.elapsed = start["step"], start["val_loss"], start["elapsed"]
+    prime_seconds, step, val_loss, clock.elapsed = clock.elapsed, start["step"], start["val_loss"], start["elapsed"]
+    start = None     # half a GB of the 124M model
     if resumed:
         log(f"resumed: {c.resume} at step {step}/{c.num_steps}, after {clock.elapsed:.1f} s of training")
     loader, data_wait = load_batches(train_rows, positions, c.seed, world, step), 0.0
@@ -946,7 +946,7 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
                 figures = dict(step=step, parameters=measure(raw, before, optimizers[-1].observed))
                 with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                     file.write(json.dumps(figures) + "\n")
-            optimizers[-1].observed, ends = None, step == c.num_steps
+            optimizers[-1].observed, before, ends = None, None, step == c.num_steps
             if (saves or stopping) and not ends:     # before a validation, which might fail
                 save()
             if validates and (ends or not stopping):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Times a step of each optimizer on the matrices of the 124M model (the small track), and says what its state takes.
+"""Times a step of each optimizer on the matrices of the 124M model (the track small), and says what its state takes.
 
     python bench/optimizers.py                                         # on a GPU if there is one, else on the CPU
     python bench/optimizers.py --device cpu --rounds 3
@@ -33,14 +33,13 @@ OURS = {
 }
 
 
-def state_bytes(optimizer: torch.optim.Optimizer, rank: int = 0) -> int:
-    """Returns the bytes of the state that `rank` holds."""
-    owners = getattr(optimizer, "owners", {})
-    return sum(x.nbytes for p, state in optimizer.state.items() for x in state.values() if owners.get(p, rank) == rank)
+def state_bytes(optimizer: torch.optim.Optimizer) -> dict:
+    """Returns {parameter: bytes of the state that this process holds of it}."""
+    return {p: sum(x.nbytes for x in state.values()) for p, state in optimizer.state.items()}
 
 
 def ours(model: train_gpt.GPT, fields: dict, bf16: bool) -> train_gpt.Muon:
-    c = train_gpt.make_config(dict(track="small", **fields))
+    c = train_gpt.make_config(dict(track=model.config.track, **fields))
     return train_gpt.make_optimizers(model, c, torch.bfloat16 if bf16 else None, compiled=bf16)[0][1]
 
 
@@ -59,23 +58,17 @@ def time_steps(optimizers: dict, world: train_gpt.World, rounds: int) -> dict[st
     return seconds
 
 
-def memory_lines(model: train_gpt.GPT) -> list[str]:
-    """The table of whole training's state: AdamW's of two float32 each, Muon's from states made for all owners."""
-    lines = ["| state of whole training, MiB a rank | 1 process | 8 processes |", "|---|---|---|"]
-    for name, fields in {"AdamW": dict(matrix_optimizer="adamw"), **OURS}.items():
-        c = train_gpt.make_config(dict(track="small", **fields))
-        adamw, *muon = train_gpt.make_optimizers(model, c)[0]
-        shared = sum(p.numel() * 8 for group in adamw.param_groups for p in group["params"])     # two float32 each
-        sizes = []
+def memory_lines(model: train_gpt.GPT, optimizers: dict) -> list[str]:
+    """The table of whole training's state: AdamW's of two float32 each, Muon's of what one process holds by owners."""
+    everything, matrices = (sum(8 * p.numel() for p in part.parameters()) for part in (model, model.blocks))
+    lines = ["| state of whole training, MiB a rank | 1 process | 8 processes |", "|---|---|---|",
+             f"| AdamW | {everything / 2**20:.0f} | {everything / 2**20:.0f} |"]
+    for name in OURS:
+        held, sizes = state_bytes(optimizers[name]), []
         for world_size in (1, 8):
-            largest = 0
-            for optimizer in muon:
-                optimizer = train_gpt.Muon(optimizer.param_groups, beta2=c.normuon_beta2, world=(0, world_size),
-                                           momentum_dtype=getattr(torch, c.momentum_dtype))
-                for p, group in optimizer.members():
-                    optimizer.own_state(p, group)
-                largest = max(state_bytes(optimizer, rank) for rank in range(world_size))
-            sizes.append((shared + largest) / 2**20)
+            owners = train_gpt.Muon(optimizers[name].param_groups, world=(0, world_size)).owners
+            most = max(sum(held[p] for p in held if owners[p] == rank) for rank in range(world_size))
+            sizes.append((everything - matrices + most) / 2**20)
         lines.append(f"| {name} | {sizes[0]:.0f} | {sizes[1]:.0f} |")
     return lines
 
@@ -83,6 +76,7 @@ def memory_lines(model: train_gpt.GPT) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--track", choices=train_gpt.TRACKS, default="small", help="whose matrices [small]")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed steps of each [5]")
     arguments = parser.parse_args()
     if arguments.rounds < 1:
@@ -93,7 +87,7 @@ def main() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     world = train_gpt.start_world(600)
     bf16 = world.device.type == "cuda"
-    model = train_gpt.GPT(train_gpt.make_config(dict(track="small"))).to(world.device)
+    model = train_gpt.GPT(train_gpt.make_config(dict(track=arguments.track))).to(world.device)
     matrices = [p for p in model.blocks.parameters()]
     generator = torch.Generator(world.device).manual_seed(0)
     with torch.no_grad():
@@ -104,7 +98,7 @@ def main() -> None:
                   "torch.optim.AdamW, fused": torch.optim.AdamW(matrices, lr=1e-4, fused=True),
                   **{name: ours(model, fields, bf16) for name, fields in OURS.items()}}
     seconds = time_steps(optimizers, world, arguments.rounds)
-    held = {name: max(world.gather(state_bytes(optimizer, world.rank))) for name, optimizer in optimizers.items()}
+    held = {name: max(world.gather(sum(state_bytes(optimizer).values()))) for name, optimizer in optimizers.items()}
     if world.rank == 0:
         cpu = Path("/proc/cpuinfo").read_text() if not bf16 and Path("/proc/cpuinfo").exists() else ""
         units = [f"{kind} units" for kind in ("avx512_bf16", "amx_bf16") if kind in cpu]
@@ -121,7 +115,7 @@ def main() -> None:
             print(f"| {name} | {median:.4g} ({min(steps):.4g} to {max(steps):.4g}) | {median / base:.3f} | "
                   f"{first:.4g} | {held[name] / 2**20:.0f} |")
         if world.size == 1:
-            print("", *memory_lines(model), sep="\n")
+            print("", *memory_lines(model, optimizers), sep="\n")
     if world.size > 1:
         dist.destroy_process_group()
     sys.stdout.flush()

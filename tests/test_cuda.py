@@ -36,14 +36,14 @@ def test_a_step_of_muon_compiled_and_eager_with_no_synchronisation():
         optimizer = train_gpt.make_optimizers(model, model.config, torch.bfloat16, compiled)[0][1]
         generator = torch.Generator("cuda").manual_seed(0)
         for step in range(3):
-            for p, _ in optimizer.members():
+            for p, _ in optimizer.members:
                 p.grad = torch.randn(p.shape, device="cuda", generator=generator)
             torch.cuda.set_sync_debug_mode("error" if step else "default")
             try:
                 optimizer.step()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        results.append(torch.cat([p.detach().flatten() for p, _ in optimizer.members()]))
+        results.append(torch.cat([p.detach().flatten() for p, _ in optimizer.members]))
     assert (results[0] - results[1]).norm() / results[0].norm() < 0.01
 
 

@@ -1,9 +1,13 @@
 """Muon against float64, against the seeds' algorithms, torch.optim.Muon and NorMuon's paper; the parameter table."""
 
 import copy
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT, environment
 from test_model import small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -320,3 +324,40 @@ def test_measures_of_a_step():
     assert figures.keys() == {"embed.weight", "lm_head.weight", "blocks.*.attention.qkv.weight",
                               "blocks.*.attention.proj.weight", "blocks.*.mlp.up.weight", "blocks.*.mlp.proj.weight"}
     assert "least_singular" not in figures["embed.weight"]
+
+
+def test_measures_leave_out_what_has_no_gradient_and_survive_what_is_not_finite():
+    model = small_model(num_layers=1)
+    optimizers, _ = train_gpt.make_optimizers(model, model.config)
+    for p in model.blocks.parameters():
+        p.grad = torch.full_like(p, torch.inf)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizers[1].observed = observed = {}
+    train_gpt.update(optimizers, model.config, 0, train_gpt.World(0, 1, torch.device("cpu"), 60))
+    figures = train_gpt.measure(model, before, observed)
+    assert "embed.weight" not in figures and figures["blocks.*.mlp.up.weight"]["gradient"] is None
+
+
+def test_orthogonal_nesterov_takes_muons_fields():
+    fields = dict(normuon_beta2=0.9, nesterov="off", decay_kind="cautious")
+    model = small_model(matrix_optimizer="orthogonal_nesterov", **fields)
+    muon = train_gpt.make_optimizers(model, model.config)[0][1]
+    assert muon.accumulate and not muon.nesterov and muon.beta2 == 0.9 and muon.cautious
+
+
+def test_the_benchmark_runs_and_its_memory_is_that_of_the_shapes():
+    """On tiny's matrices: two float32 of AdamW or one of Muon each, an eighth of it, at least, on the fullest rank."""
+    result = subprocess.run([sys.executable, ROOT / "bench/optimizers.py", "--track", "tiny", "--rounds", "1"],
+                            capture_output=True, text=True, timeout=100, env=environment())
+    assert result.returncode == 0, result.stderr
+    rows = {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.strip("| ").split("|")]
+                                              for line in result.stdout.splitlines() if line.startswith("|"))}
+    assert float(rows["torch.optim.Muon"][1]) == 1 and float(rows["Muon"][0].split()[0]) > 0
+    matrices, rest = 3 * 12 * 160 * 160, 2 * 320 * 160
+    mib = {name: round(numbers / 2**20) for name, numbers in (
+        ("AdamW", 8 * (matrices + rest)), ("Muon", 4 * matrices + 8 * rest), ("half", 2 * matrices + 8 * rest))}
+    found = {name: [int(one), int(eight)] for name, one, eight in
+             re.findall(r"^\| (.*) \| (\d+) \| (\d+) \|$", result.stdout, re.MULTILINE)}
+    assert found["AdamW"] == [mib["AdamW"]] * 2
+    assert found["Muon"][0] == mib["Muon"] and found["Muon, bf16 momentum"][0] == mib["half"]
+    assert all(few <= all_of_it for all_of_it, few in found.values())
