@@ -33,7 +33,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from compare import changed, compare, read_plan, setting
-from logs import THEN, LogError, Run, read_log
+from logs import THEN, LogError, Run, read_log, source_name
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +42,7 @@ from train_gpt import TRACKS, make_config  # noqa: E402
 
 END = "<!-- end -->"
 TO_WRITE = "(to write:"     # what keep.py leaves to the author of a record
+LONGEST_DIFF = 300     # lines, up to which a diff stands in a README
 FEWEST_RUNS, ALPHA = 5, 0.01     # of a setting that has a place, and of the test that its mean is below the target
 
 
@@ -289,8 +290,10 @@ def changes(root: Path, here: Path, record: str, since: str = "", before: str = 
         fields = changed([{**setting(run), "source": ""} for run in (a, b)]).replace('"', "")
         above = shown_before.setdefault((a.source_sha256, b.source_sha256), what) if diff else what
         told = "the same source." if not diff else "this diff:" if above == what else f"the diff of {above}."
+        if above == what and len(diff) > LONGEST_DIFF:
+            told = f"a diff of {len(diff)} lines, of {' and '.join(source_name(run.source_sha256) for run in (a, b))}."
         lines += [f"{what}: {fields or 'the same Config'}; {told}", ""]
-        if diff and above == what:
+        if told == "this diff:":
             shown = " open" if len(diff) < 80 else ""
             lines += [f"<details{shown}><summary>{len(diff)} lines</summary>", "", "~~~~~diff", *diff, "~~~~~", "",
                       "</details>", ""]
