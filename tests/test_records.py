@@ -246,7 +246,8 @@ def test_keep_loses_nothing_and_has_each_source_once(copy, tmp_path):
     # every run is in the README's table; what was there stays, but for the tables
     readme = (folder / "README.md").read_text()
     assert all(f"| [{name}]({name}.txt) |" in readme for name in texts)
-    assert "stopped at step 7" in readme and "stopped at step 0" in readme and "+print(" in readme
+    assert "stopped at step 7" in readme and "stopped at step 0" in readme
+    assert re.search(r"a diff of \d{3,} lines, of source_\w+.py.kept and source_\w+.py.kept", readme)
     changed = {path for path, content in before.items() if path.read_bytes() != content}
     assert changed == {copy / "records" / "README.md"}
     # the author's part is asked for; a record is not overwritten, and a failure leaves nothing
