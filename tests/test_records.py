@@ -405,7 +405,8 @@ def sources_of_records() -> dict[str, Path]:
 def test_every_source_of_a_record_runs_under_this_torch(log, again, text):
     config = logs.read_log(log).config
     length = config["seq_len"]
-    status, out = again(log, "--run", "--yes", "--nproc", 1, "--", "--num_steps", 3, "--val_every", 0, *text,
-                        "--vocab_size", 257, "--val_tokens", 1499 // length * length, "--batch_tokens", 4 * length)
+    options = ["--num_steps", 3, "--warmup_steps", 0, "--val_every", 0, "--vocab_size", 257,
+               "--batch_tokens", 4 * length, "--val_tokens", 1499 // length * length]
+    status, out = again(log, "--run", "--yes", "--nproc", 1, "--", *options, *text)
     assert status == 0 and f"num_steps {config['num_steps']} -> 3" in out
     assert float(re.search(r"^val_loss: (\S+)$", out, re.MULTILINE)[1]) < math.log(257) + 0.5
