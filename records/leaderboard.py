@@ -109,7 +109,12 @@ def read_record(folder: Path) -> list[Run]:
     if not paths:
         raise LogError(f"{folder} holds no log of a run; name a record as its folder in records/, such as "
                        "tiny/2026-11-22_run_sh")
-    return [read_log(path) for path in paths]
+    return [read_unchanged(path, path.stat().st_mtime_ns) for path in paths]
+
+
+@functools.cache
+def read_unchanged(path: Path, time_of_change: int) -> Run:
+    return read_log(path)
 
 
 def records_of(root: Path, track: str) -> list[Path]:
@@ -272,6 +277,11 @@ def comparison(root: Path, here: Path, record: str) -> list[str]:
             *table(["candidate", "change from A", "runs of A and of it", "p", "verdict"], rows)]
 
 
+@functools.cache
+def diff_of(a: str, b: str, *names: str) -> list[str]:
+    return list(difflib.unified_diff(a.splitlines(), b.splitlines(), *names, lineterm=""))
+
+
 def changes(root: Path, here: Path, record: str, since: str = "", before: str = "", name: str = "") -> list[str]:
     first, *others = [one.runs[0] for one in settings_of(root / "records" / record)]
     pairs, lines, shown_before = [(f"{first.name} -> {other.name}", first, other) for other in others], [], {}
@@ -285,8 +295,7 @@ def changes(root: Path, here: Path, record: str, since: str = "", before: str = 
     for what, a, b in pairs:
         if None in (a.source, b.source):
             raise LogError(f"{a.path if a.source is None else b.path} has no source, so no diff can be made of it")
-        diff = list(difflib.unified_diff(a.source.splitlines(), b.source.splitlines(), *(
-            f"train_gpt.py {run.source_sha256[:12]}" for run in (a, b)), lineterm=""))
+        diff = diff_of(a.source, b.source, *(f"train_gpt.py {run.source_sha256[:12]}" for run in (a, b)))
         fields = changed([{**setting(run), "source": ""} for run in (a, b)]).replace('"', "")
         above = shown_before.setdefault((a.source_sha256, b.source_sha256), what) if diff else what
         told = "the same source." if not diff else "this diff:" if above == what else f"the diff of {above}."
