@@ -43,6 +43,7 @@ from train_gpt import TRACKS, make_config  # noqa: E402
 END = "<!-- end -->"
 TO_WRITE = "(to write:"     # what keep.py leaves to the author of a record
 LONGEST_DIFF = 300     # lines, up to which a diff stands in a README
+LONGEST_TITLE = 90     # characters, up to which a setting is told by all that differs
 FEWEST_RUNS, ALPHA = 5, 0.01     # of a setting that has a place, and of the test that its mean is below the target
 
 
@@ -60,6 +61,11 @@ class Setting:
     @property
     def losses(self) -> list[float]:
         return [run.final[1] for run in self.finished]
+
+    @property
+    def title(self) -> str:
+        """What tells the setting from the record's others; where that is long, its first run, as in its changes."""
+        return (self.what or "-") if len(self.what) <= LONGEST_TITLE else self.runs[0].name
 
     @property
     def loss(self) -> float:
@@ -205,7 +211,7 @@ def leaderboard(root: Path, here: Path, track: str) -> list[str]:
         if not one.reached:
             found["seconds"] = "-"     # the time to a loss above the target is none
         rows.append({"place": place if one.has_place else "-", "record":
-                     f"[{name}]({os.path.relpath(one.record, here)})", "what": one.what or "-", **found, "date": date})
+                     f"[{name}]({os.path.relpath(one.record, here)})", "what": one.title, **found, "date": date})
     lines = table(list(rows[0]), [list(row.values()) for row in rows]) if rows else [f"Nothing has run on {track} yet."]
     left_out = ", ".join(f"{len(settings)} of {record}" for record, settings in sorted(others.items()))
     return lines + ["", f"Left out, with other data, validation tokens or target: {left_out}."] * bool(others)
@@ -217,7 +223,7 @@ def settings(root: Path, here: Path, record: str) -> list[str]:
         found = figures(one, ratio_to_adamw(one, groups))
         if len(one.losses) > 1:
             found["spread"] += f" ({min(one.losses):.4f} to {max(one.losses):.4f})"
-        rows.append({"setting": one.what or "-", **found})
+        rows.append({"setting": one.title, **found})
     return table(list(rows[0]), [list(row.values()) for row in rows])
 
 
@@ -238,7 +244,7 @@ def runs(root: Path, here: Path, record: str) -> list[str]:
             loss, seconds = (f"{run.final[1]:.4f}", f"{run.final[0]:.1f}") if run.finished else (
                 f"stopped at step {max([0, *run.losses['train'], *run.losses['val']])}", "-")
             rows.append([f"[{'log' if run.folder == folder and run.path.name == 'log.txt' else run.name}]"
-                         f"({os.path.relpath(run.path, here)})", one.what or "-", run.config["seed"], loss, seconds,
+                         f"({os.path.relpath(run.path, here)})", one.title, run.config["seed"], loss, seconds,
                          run.num_steps, run.hardware, run.torch])
     return table(["run", "setting", "seed", "loss", "seconds", "steps", "hardware", "torch"], rows)
 
