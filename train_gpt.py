@@ -853,7 +853,7 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
     if epochs > 1:
         log(f"warning: the run goes round the data {epochs:.2f} times; text seen again teaches less, so prepare more")
     if comparable is False:
-        log("warning: this loss does not compare: data or --val_tokens is not the track's (data/local_text.py --force)")
+        log(f"warning: this loss does not compare: {'--val_tokens' if data == known else 'data'} is not the track's")
     log(f"batch: {', '.join(f'{n:,}' for n in c.batch_tokens)} tokens a step; a process runs "
         f"{', '.join(map(str, micro_batches.values()))} rows of {c.seq_len} at once")
     log(f"model: {parameters:,} parameters, of which {in_blocks:,} in the blocks\n{table}")
