@@ -846,7 +846,7 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
     log(f"versions: python {platform.python_version()}, torch {torch.__version__}, cuda {torch.version.cuda}, "
         f"{platform.platform()}\nhardware: {hardware}")
     log(f"kernels: attention torch SDPA; activations and Newton-Schulz {str(dtype)[6:]}; torch.compile "
-        + ("per block" if compiled else "off"))
+        + ("per block, of the loss and of Newton-Schulz" if compiled else "off"))
     left_out = train_rows.num_tokens - train_rows.num_rows * c.seq_len
     log(f"data: {train_rows.num_tokens:,} training tokens in {len(train_rows.paths)} of {train_rows.num_found} shards "
         f"({left_out:,} at their ends left out); the run takes {tokens_total:,}, or {epochs:.2f} epochs")
