@@ -12,7 +12,6 @@ Sections: 1 Config | 2 processes | 3 data | 4 model | 5 optimizers | 6 schedules
 Shape suffixes: B rows of a micro-batch, R rows of a rank's batch, T tokens of a row, D model_dim, H num_heads,
 K head_dim, V padded vocabulary; m x n any matrix. Losses are nats a token, times are seconds unless named ms.
 """
-
 import argparse
 import dataclasses
 import datetime
@@ -77,6 +76,7 @@ class Config:
     rope_base: float        = knob(10_000.0, ...,       "base of the rotary frequencies")
     attention_scale: float  = knob(0.24,     0.12,      "multiplies q . k before the softmax")
     logit_softcap: float    = knob(15.0,     ...,       "c in c * tanh(logits / c)")
+    dtype: Literal["auto", "float32", "bfloat16"] = knob("auto", ..., "of activations and Newton-Schulz; see train()")
     # Batch
     batch_tokens: tuple[int, ...] = knob((1024,), (524_288,), "tokens a step (a,b: in equal stages)")
     micro_batch: int        = knob(0,        ...,       "rows a process runs at once (0 = by its memory)", FREE)
@@ -118,7 +118,6 @@ class Config:
     compile: Literal["auto", "on", "off"] = knob("auto", ..., "torch.compile, per block (auto = on a GPU only)", FREE)
     prime_steps: int        = knob(2,        ...,       "dummy steps before the clock starts, for compilation", FREE)
     collective_timeout: float = knob(600.0,  ...,       "seconds that a rank waits for the others", FREE)
-
     model_dim = property(lambda self: self.num_heads * self.head_dim)
     padded_vocab_size = property(lambda self: -(-self.vocab_size // 64) * 64)
     def __post_init__(self):
@@ -821,8 +820,9 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
     log = RunLog(folder, world.rank)
 
     # Model and optimizers.
-    bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)     # older GPUs emulate it
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    bf16_units = (torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else     # others emulate
+                  any(map(getattr(torch.cpu, "get_capabilities", dict)().get, ("avx512_bf16", "amx_bf16"))))
+    dtype = getattr(torch, c.dtype if c.dtype != "auto" else "bfloat16" if bf16_units else "float32")
     torch.manual_seed(c.seed)
     model = raw = GPT(c, dtype).initialize(c.seed).to(device)
     if c.init_from and not resumed:
@@ -966,12 +966,12 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
     # FLOP a token of a step: 6 a matrix weight, and 12 L T D for attention (PaLM, arXiv:2204.02311, appendix B).
     speed = tokens_total / clock.elapsed
     flops = 6 * (parameters - raw.embed.weight.numel()) + 12 * c.num_layers * c.seq_len * c.model_dim
-    peak = next((peak for name, peak in PEAK_FLOPS.items() if bf16 and re.search(rf"\b{name}\b", hardware)), None)
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", hardware)), None)
     summary = dict(
         run_id=c.run_id, track=c.track, val_loss=val_loss, target=c.target, target_reached=val_loss <= c.target,
         data_comparable=comparable, train_seconds=clock.elapsed, compile_seconds=prime_seconds,
         data_wait_seconds=data_wait, steps=c.num_steps, tokens=tokens_total, tokens_per_second=speed,
-        mfu=speed * flops / (peak * world.size) if peak else None,
+        mfu=speed * flops / (peak * world.size) if peak and dtype == torch.bfloat16 else None,
         peak_memory_gib=max(world.gather(peak_memory_gib(device))), parameters=parameters, seed=c.seed,
         world_size=world.size, hardware=hardware, torch=torch.__version__, git=commit,
         train_sha256=data["train"], val_sha256=data["val"])

@@ -10,7 +10,8 @@ from shards import ShardWriter
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--num_layers", "2", "--num_heads", "2", "--head_dim", "16", "--seq_len", "32", "--batch_tokens", "512",
-         "--val_tokens", "2048", "--num_steps", "20", "--cooldown_steps", "10", "--momentum_warmup_steps", "5"]
+         "--val_tokens", "2048", "--num_steps", "20", "--cooldown_steps", "10", "--momentum_warmup_steps", "5",
+         "--dtype", "float32"]
 
 
 def pytest_addoption(parser):
