@@ -76,7 +76,7 @@ class Config:
     rope_base: float        = knob(10_000.0, ...,       "base of the rotary frequencies")
     attention_scale: float  = knob(0.24,     0.12,      "multiplies q . k before the softmax")
     logit_softcap: float    = knob(15.0,     ...,       "c in c * tanh(logits / c)")
-    dtype: Literal["auto", "float32", "bfloat16"] = knob("auto", ..., "of activations and Newton-Schulz; see train()")
+    dtype: Literal["auto", "float32", "bfloat16"] = knob("auto", ..., "of activations and Newton-Schulz")
     # Batch
     batch_tokens: tuple[int, ...] = knob((1024,), (524_288,), "tokens a step (a,b: in equal stages)")
     micro_batch: int        = knob(0,        ...,       "rows a process runs at once (0 = by its memory)", FREE)
@@ -89,12 +89,11 @@ class Config:
     momentum: float         = knob(0.95,     ...,       "of Muon")
     momentum_start: float   = knob(0.85,     ...,       "of Muon at step 0")
     momentum_warmup_steps: int = knob(200,   300,       "steps from momentum_start to momentum (0 = off)")
-    momentum_cooldown_steps: int = knob(0,   ...,       "last steps, from momentum to momentum_start (0 = off)")
     momentum_dtype: Literal["float32", "bfloat16"] = knob("float32", ..., "in which Muon keeps its momentum")
     nesterov: Literal["on", "off"] = knob("on", ...,    "Muon looks ahead by the gradient")
     polynomial: Literal["quintic", "polar_express"] = knob("quintic", ..., "of Newton-Schulz")
     ns_steps: int           = knob(5,        ...,       "Newton-Schulz iterations")
-    normuon_beta2: float    = knob(0.0,      ...,       "of NorMuon's second moment (0 = off)")
+    normuon_beta2: float    = knob(0.95,     0.0,       "of NorMuon's second moment (0 = off)")
     matrix_weight_decay: float = knob(0.0,   ...,       "decoupled: a step takes lr times this (0 = off)")
     decay_kind: Literal["plain", "cautious"] = knob("plain", ..., "cautious: where update and weight agree in sign")
     betas: tuple[float, ...] = knob((0.9, 0.95), ...,   "of AdamW")
@@ -267,6 +266,12 @@ def catch_signals() -> list[int]:
     signal.signal(signal.SIGTERM, receive)
     signal.signal(signal.SIGINT, receive)
     return caught
+
+def has_bf16_units(device: torch.device) -> bool:
+    """Whether it multiplies bfloat16 itself; older GPUs, and CPUs of most laptops, only emulate that, slowly."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return any(map(getattr(torch.cpu, "get_capabilities", dict)().get, ("avx512_bf16", "amx_bf16")))
 
 # Dense bf16 peaks (FLOP/s) from NVIDIA's data sheets; the first entry that the GPU's name contains counts.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
@@ -681,10 +686,9 @@ def lr_multiplier(c: Config, step: int) -> float:
     return min(up, c.final_lr_frac + left * (1 - c.final_lr_frac))
 
 def muon_momentum(c: Config, step: int) -> float:
-    """Linear from momentum_start to momentum, constant, and at the end linear back to momentum_start."""
-    up = step / c.momentum_warmup_steps if c.momentum_warmup_steps else 1.0
-    down = (c.num_steps - step) / c.momentum_cooldown_steps if c.momentum_cooldown_steps else 1.0
-    return c.momentum_start + min(1.0, up, down) * (c.momentum - c.momentum_start)
+    """Linear from momentum_start to momentum, then constant."""
+    up = min(1.0, step / c.momentum_warmup_steps) if c.momentum_warmup_steps else 1.0
+    return c.momentum_start + up * (c.momentum - c.momentum_start)
 
 def batch_rows(c: Config, step: int) -> int:
     """Rows of the global batch: the entries of batch_tokens in turn, each for an equal share of the steps."""
@@ -820,9 +824,7 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
     log = RunLog(folder, world.rank)
 
     # Model and optimizers.
-    bf16_units = (torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else     # others emulate
-                  any(map(getattr(torch.cpu, "get_capabilities", dict)().get, ("avx512_bf16", "amx_bf16"))))
-    dtype = getattr(torch, c.dtype if c.dtype != "auto" else "bfloat16" if bf16_units else "float32")
+    dtype = getattr(torch, c.dtype if c.dtype != "auto" else "bfloat16" if has_bf16_units(device) else "float32")
     torch.manual_seed(c.seed)
     model = raw = GPT(c, dtype).initialize(c.seed).to(device)
     if c.init_from and not resumed:
@@ -881,10 +883,9 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
         optimizer.load_state_dict(state)
     torch.set_rng_state(start["rng"])
     prime_seconds, step, val_loss, clock.elapsed = clock.elapsed, start["step"], start["val_loss"], start["elapsed"]
-    start = None     # half a GB of the 124M model
     if resumed:
         log(f"resumed: {c.resume} at step {step}/{c.num_steps}, after {clock.elapsed:.1f} s of training")
-    loader, data_wait = load_batches(train_rows, positions, c.seed, world, step), 0.0
+    start, loader, data_wait = None, load_batches(train_rows, positions, c.seed, world, step), 0.0
 
     def require_finite(finite: bool, what: str) -> None:
         if not finite:
@@ -900,8 +901,7 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
         log(f"checkpoint: {folder / CHECKPOINT} at step {step}/{c.num_steps}")
     def finish(done: int, statistics: torch.Tensor, queued) -> bool:
         """Reads and logs the statistics of step `done`; returns whether some rank was told to stop."""
-        if queued is not None:
-            queued.synchronize()     # waits for that step alone, not for the next, which is queued behind it
+        _ = queued and queued.synchronize()     # waits for that step alone, not for the next, which is queued behind it
         loss, stopped = statistics.tolist()
         require_finite(math.isfinite(loss), f"step {done}: the training loss, {loss},")
         seconds = clock.read()

@@ -38,9 +38,9 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> dict:
     return {p: sum(x.nbytes for x in state.values()) for p, state in optimizer.state.items()}
 
 
-def ours(model: train_gpt.GPT, fields: dict, bf16: bool) -> train_gpt.Muon:
+def ours(model: train_gpt.GPT, fields: dict, dtype: torch.dtype, compiled: bool) -> train_gpt.Muon:
     c = train_gpt.make_config(dict(track=model.config.track, **fields))
-    return train_gpt.make_optimizers(model, c, torch.bfloat16 if bf16 else None, compiled=bf16)[0][1]
+    return train_gpt.make_optimizers(model, c, dtype, compiled)[0][1]
 
 
 def time_steps(optimizers: dict, world: train_gpt.World, rounds: int) -> dict[str, list[float]]:
@@ -76,6 +76,8 @@ def memory_lines(model: train_gpt.GPT, optimizers: dict) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+                        help="in which ours runs Newton-Schulz [auto: bfloat16 where there are units for it]")
     parser.add_argument("--track", choices=train_gpt.TRACKS, default="small", help="whose matrices [small]")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed steps of each [5]")
     arguments = parser.parse_args()
@@ -86,7 +88,8 @@ def main() -> None:
     if arguments.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     world = train_gpt.start_world(600)
-    bf16 = world.device.type == "cuda"
+    gpu, bf16 = world.device.type == "cuda", train_gpt.has_bf16_units(world.device)
+    dtype = getattr(torch, arguments.dtype if arguments.dtype != "auto" else "bfloat16" if bf16 else "float32")
     model = train_gpt.GPT(train_gpt.make_config(dict(track=arguments.track))).to(world.device)
     matrices = [p for p in model.blocks.parameters()]
     generator = torch.Generator(world.device).manual_seed(0)
@@ -96,15 +99,16 @@ def main() -> None:
             p.grad = torch.randn(p.shape, device=world.device, generator=generator)
     optimizers = {"torch.optim.Muon": torch.optim.Muon(matrices, lr=1e-4),
                   "torch.optim.AdamW, fused": torch.optim.AdamW(matrices, lr=1e-4, fused=True),
-                  **{name: ours(model, fields, bf16) for name, fields in OURS.items()}}
+                  **{name: ours(model, fields, dtype, compiled=gpu) for name, fields in OURS.items()}}
     seconds = time_steps(optimizers, world, arguments.rounds)
     held = {name: max(world.gather(sum(state_bytes(optimizer).values()))) for name, optimizer in optimizers.items()}
     if world.rank == 0:
-        cpu = Path("/proc/cpuinfo").read_text() if not bf16 and Path("/proc/cpuinfo").exists() else ""
+        cpu = Path("/proc/cpuinfo").read_text() if not gpu and Path("/proc/cpuinfo").exists() else ""
         units = [f"{kind} units" for kind in ("avx512_bf16", "amx_bf16") if kind in cpu]
         limit = [f"{name}={os.environ[name]}" for name in ("ONEDNN_MAX_CPU_ISA",) if name in os.environ]
         print(", ".join([str(datetime.date.today()), train_gpt.describe_hardware(world), *units, *limit,
-                         f"torch {torch.__version__}", f"Python {platform.python_version()}"]))
+                         f"ours in {str(dtype)[6:]}", f"torch {torch.__version__}",
+                         f"Python {platform.python_version()}"]))
         print(f"{sum(p.numel() for p in matrices):,} parameters in {len(matrices)} tensors; median of "
               f"{arguments.rounds} steps (least to most)\n")
         print("| optimizer of the matrices | seconds a step | / torch.optim.Muon | first step | state, MiB a rank |")

@@ -9,7 +9,7 @@ A table stands between a marker, on a line of its own, and the line <!-- end -->
     <!-- settings RECORD -->                      the settings of a record
     <!-- sides RECORD NAME ... -->                the sides A, B .. of an A/B folder, by names of yours (_ is a space)
     <!-- runs RECORD -->                          its runs, every one
-    <!-- best RECORD FIELD -->                    of each value of a field of Config, the setting with the lowest loss
+    <!-- best RECORD FIELD ... -->                of each value of these fields of Config, the setting of lowest loss
     <!-- comparison RECORD -->                    compare.py's verdicts on the candidates of an A/B folder
     <!-- changes RECORD [since RECORD RUN] -->    what changed, as a diff of the source, since a run of another record
     <!-- published -->                            not from a log: figures of others, with their source
@@ -249,12 +249,13 @@ def runs(root: Path, here: Path, record: str) -> list[str]:
     return table(["run", "setting", "seed", "loss", "seconds", "steps", "hardware", "torch"], rows)
 
 
-def best(root: Path, here: Path, record: str, field: str) -> list[str]:
-    values = {}
+def best(root: Path, here: Path, record: str, field: str, *more: str) -> list[str]:
+    values, fields = {}, (field, *more)
     for one in settings_of(root / "records" / record):
-        if field not in one.runs[0].config:
-            raise LogError(f"{one.runs[0].path} has no field {field} in its Config; name one that it has")
-        values.setdefault(str(one.runs[0].config[field]), []).append(one)
+        config = one.runs[0].config
+        if missing := [field for field in fields if field not in config]:
+            raise LogError(f"{one.runs[0].path} has no field {missing[0]} in its Config; name one that it has")
+        values.setdefault(str([config[field] for field in fields]), []).append(one)
     winners = [(min(tried, key=lambda one: one.loss), len(tried)) for tried in values.values()]
     winners.sort(key=lambda winner: winner[0].loss)
     heads = ["n", "loss", "spread", "steps"]

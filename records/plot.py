@@ -49,7 +49,7 @@ FIGURES = {                     # panels of what train_gpt.py's measure() writes
     ("norm of update / norm of weight", "log"): ["update_to_weight"],
     ("orthogonality error", "linear"): ["orthogonality_error"],
     ("least and largest singular value", "linear"): ["least_singular", "largest_singular"],
-    ("share of cautious decay", "linear"): ["decay_share"],
+    ("share where cautious decay would act", "linear"): ["decay_share"],
 }
 
 
@@ -308,7 +308,7 @@ def optimizer_picture(groups: list[Group]) -> Picture | None:
             panels.append((label, partial(draw_figures, lines=lines, label=label, scale=scale)))
     legend = [(kind, dict(color=color, linestyle="-")) for kind, color in colors.items()]
     reading = ("norms: Frobenius; of Muon's updates, before rate and scale: orthogonality error (0: orthogonal) and "
-               "singular values; cautious decay acts where update and weight agree in sign")
+               "singular values; cautious decay would act where update and weight agree in sign")
     if len(measured) > 1:
         legend += [(group.title, dict(color="#000000", linestyle=style))
                    for (group, _), style in zip(measured, DASHES, strict=False)]

@@ -79,14 +79,13 @@ def test_schedules():
     """End points and monotony; the multiplier is the same for every group of every optimizer."""
     c = train_gpt.make_config(dict(track="tiny", num_steps=100, cooldown_steps=40, warmup_steps=10, final_lr_frac=0.1,
                                    momentum_start=0.8, momentum=0.9, momentum_warmup_steps=50,
-                                   momentum_cooldown_steps=20, batch_tokens=(256, 512)))
+                                   batch_tokens=(256, 512)))
     lr = [train_gpt.lr_multiplier(c, step) for step in range(101)]
     assert lr[0] == 0.1 and lr[9] == lr[10] == lr[60] == 1.0 and lr[80] == pytest.approx(0.55)
     assert lr[100] == pytest.approx(0.1)
     assert all(a > b for a, b in zip(lr[60:], lr[61:], strict=False))
     momentum = [train_gpt.muon_momentum(c, step) for step in range(100)]
-    assert momentum[0] == 0.8 and momentum[25] == pytest.approx(0.85) and set(momentum[50:81]) == {0.9}
-    assert momentum[90] == pytest.approx(0.85) and momentum[99] == pytest.approx(0.805)
+    assert momentum[0] == 0.8 and momentum[25] == pytest.approx(0.85) and set(momentum[50:]) == {0.9}
     assert [train_gpt.batch_rows(c, step) for step in (0, 49, 50, 99)] == [1, 1, 2, 2]
     optimizers, _ = train_gpt.make_optimizers(train_gpt.GPT(c), c)
     train_gpt.set_schedules(optimizers, c, 80)

@@ -70,6 +70,20 @@ def test_sides_by_name():
             leaderboard.sides(ROOT, ROOT, record, *names)
 
 
+def test_best_of_the_values_of_one_and_two_fields():
+    """Of the nine single runs of a sweep: three optimizers' best, or, by optimizer and rate, each for itself."""
+    record, ends = "tiny/2026-11-22_matrix_optimizers", {}
+    for path in ROOT.glob(f"records/{record}/*/log.txt"):
+        loss = re.findall(r"^val_loss: (\S+)$", path.read_text(), re.M)[-1]
+        ends.setdefault(path.parent.name.split("_lr")[0], []).append(float(loss))
+    lines = leaderboard.best(ROOT, ROOT, record, "matrix_optimizer")[2:]
+    assert [float(line.split(" | ")[3]) for line in lines] == sorted(round(min(tried), 4) for tried in ends.values())
+    lines = leaderboard.best(ROOT, ROOT, record, "matrix_optimizer", "lr")[2:]
+    assert [line.split(" | ")[1] for line in lines] == ["1"] * sum(map(len, ends.values())) == ["1"] * 9
+    with pytest.raises(leaderboard.LogError, match="has no field rate"):
+        leaderboard.best(ROOT, ROOT, record, "lr", "rate")
+
+
 def test_a_changed_figure_is_caught_and_put_right(copy):
     for name, old, new in [("README.md", "| 1.4545 |", "| 1.4454 |"), ("records/README.md", "| 1.2733 |", "| 1.2732 |"),
                            ("records/tiny/2026-11-22_run_sh/README.md", "| 217.5 |", "| 127.5 |")]:
