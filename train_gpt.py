@@ -76,7 +76,7 @@ class Config:
     rope_base: float        = knob(10_000.0, ...,       "base of the rotary frequencies")
     attention_scale: float  = knob(0.24,     0.12,      "multiplies q . k before the softmax")
     logit_softcap: float    = knob(15.0,     ...,       "c in c * tanh(logits / c)")
-    dtype: Literal["auto", "float32", "bfloat16"] = knob("auto", ..., "of activations and Newton-Schulz")
+    dtype: Literal["auto", "float32", "bfloat16"] = knob("auto", ..., "of activations, Newton-Schulz (auto: by units)")
     # Batch
     batch_tokens: tuple[int, ...] = knob((1024,), (524_288,), "tokens a step (a,b: in equal stages)")
     micro_batch: int        = knob(0,        ...,       "rows a process runs at once (0 = by its memory)", FREE)
@@ -778,7 +778,7 @@ def update(optimizers: list, c: Config, step: int, world: World) -> None:
 def measure(model: nn.Module, before: dict, observed: dict) -> dict:
     """Returns the figures of the last step, {parameters that differ in their layer alone: {figure: value}}: Frobenius
     norms of (clipped) gradient, weight `before` it and update, and the update's RMS, and norm over the weight's. Of
-    Muon's u, `observed`, before rate and scale: the error of orthogonality |u u^T - I|_F / sqrt(m), m <= n, the
+    Muon's u, `observed`, after NorMuon, before rate and scale: orthogonality error |u u^T - I|_F / sqrt(m), m <= n,
     extreme singular values, and the share of entries that agree in sign with the weight: where cautious decay acts."""
     kinds, figures = {}, {}
     for name, p in ((name, p) for name, p in model.named_parameters() if p.grad is not None):
@@ -817,16 +817,16 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
 
     # The run folder: one id for all ranks and nodes.
     new_id = f"{c.track}_{datetime.datetime.now():%Y%m%d-%H%M%S}_{os.urandom(4).hex()}"
-    c = dataclasses.replace(c, run_id=world.gather(c.run_id or new_id)[0])
+    native = "bfloat16" if all(world.gather(has_bf16_units(device))) else "float32"
+    c = dataclasses.replace(c, run_id=world.gather(c.run_id or new_id)[0], dtype=c.dtype.replace("auto", native))
     folder = Path(c.log_dir) / c.run_id
     if not resumed and world.gather((folder / "log.txt").exists())[0]:
         raise RunError(f"--run_id {c.run_id}: {folder} holds a run; give another name, or go on with --resume {folder}")
     log = RunLog(folder, world.rank)
 
     # Model and optimizers.
-    dtype = getattr(torch, c.dtype if c.dtype != "auto" else "bfloat16" if has_bf16_units(device) else "float32")
     torch.manual_seed(c.seed)
-    model = raw = GPT(c, dtype).initialize(c.seed).to(device)
+    model = raw = GPT(c, dtype := getattr(torch, c.dtype)).initialize(c.seed).to(device)
     if c.init_from and not resumed:
         load_checkpoint("init_from", c.init_from, raw)
     if compiled := c.compile == "on" or (c.compile == "auto" and device.type == "cuda"):
@@ -971,7 +971,7 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
         run_id=c.run_id, track=c.track, val_loss=val_loss, target=c.target, target_reached=val_loss <= c.target,
         data_comparable=comparable, train_seconds=clock.elapsed, compile_seconds=prime_seconds,
         data_wait_seconds=data_wait, steps=c.num_steps, tokens=tokens_total, tokens_per_second=speed,
-        mfu=speed * flops / (peak * world.size) if peak and dtype == torch.bfloat16 else None,
+        mfu=speed * flops / (peak * world.size) if peak and memory and dtype == torch.bfloat16 else None,
         peak_memory_gib=max(world.gather(peak_memory_gib(device))), parameters=parameters, seed=c.seed,
         world_size=world.size, hardware=hardware, torch=torch.__version__, git=commit,
         train_sha256=data["train"], val_sha256=data["val"])

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt  # noqa: E402
 
 OURS = {
-    "Muon": {},
-    "Muon, bf16 momentum": dict(momentum_dtype="bfloat16"),
+    "Muon": dict(normuon_beta2=0),
+    "Muon, bf16 momentum": dict(normuon_beta2=0, momentum_dtype="bfloat16"),
     "Muon, polar_express, NorMuon, cautious decay": dict(
         polynomial="polar_express", normuon_beta2=0.95, matrix_weight_decay=0.1, decay_kind="cautious"),
 }

@@ -307,8 +307,8 @@ def optimizer_picture(groups: list[Group]) -> Picture | None:
         if lines:
             panels.append((label, partial(draw_figures, lines=lines, label=label, scale=scale)))
     legend = [(kind, dict(color=color, linestyle="-")) for kind, color in colors.items()]
-    reading = ("norms: Frobenius; of Muon's updates, before rate and scale: orthogonality error (0: orthogonal) and "
-               "singular values; cautious decay would act where update and weight agree in sign")
+    reading = ("norms: Frobenius; of Muon's updates, after NorMuon, before rate and scale: orthogonality error (0: "
+               "orthogonal) and singular values; cautious decay would act where update and weight agree in sign")
     if len(measured) > 1:
         legend += [(group.title, dict(color="#000000", linestyle=style))
                    for (group, _), style in zip(measured, DASHES, strict=False)]

@@ -1,5 +1,7 @@
 """What only a GPU can show; bench/gpu.sh runs these on one."""
 
+import re
+
 import pytest
 import torch
 from conftest import SMALL, losses, run
@@ -50,11 +52,12 @@ def test_a_step_of_muon_compiled_and_eager_with_no_synchronisation():
 def test_a_run_learns_compiled_and_eager_and_resumes(text, tmp_path):
     """The same losses to bf16's rounding with and without torch.compile, and after a resume."""
     for name in ("on", "off"):
-        options = ["--compile", name, "--save_every", 12, "--log_dir", tmp_path, "--run_id", name]
+        options = ["--dtype", "bfloat16", "--compile", name, "--save_every", 12, "--log_dir", tmp_path,
+                   "--run_id", name]
         result = run("tiny", *SMALL, *text, *options, timeout=400, gpu=True)
         assert result.returncode == 0, result.stderr
     log = (tmp_path / "on/log.txt").read_text()
-    assert "bfloat16" in log and "torch.compile per block" in log
+    assert re.search("^kernels: .* Newton-Schulz bfloat16; torch.compile per block", log, re.MULTILINE)
     compiled, eager = losses(tmp_path / "on"), losses(tmp_path / "off")
     assert float(eager["val", 20]) < 4.7
     assert max(abs(float(compiled[key]) - float(eager[key])) for key in eager) < 0.05
@@ -67,7 +70,8 @@ def test_a_run_learns_compiled_and_eager_and_resumes(text, tmp_path):
 
 def test_losses_do_not_depend_on_the_micro_batch(text, tmp_path):
     for micro_batch in (16, 2):
-        options = ["--micro_batch", micro_batch, "--compile", "off", "--log_dir", tmp_path, "--run_id", micro_batch]
+        options = ["--dtype", "bfloat16", "--micro_batch", micro_batch, "--compile", "off", "--log_dir", tmp_path,
+                   "--run_id", micro_batch]
         assert run("tiny", *SMALL, *text, *options, timeout=400, gpu=True).returncode == 0
     a, b = losses(tmp_path / "16"), losses(tmp_path / "2")
     assert max(abs(float(a[key]) - float(b[key])) for key in a) < 0.02
