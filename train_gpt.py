@@ -32,7 +32,7 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from itertools import accumulate, groupby, repeat
+from itertools import accumulate, chain, groupby, pairwise, repeat
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin
 
@@ -284,11 +284,6 @@ def describe_hardware(world: World) -> str:
     names = [*re.findall(r"model name\s*: (.*)", info), platform.processor(), platform.machine()]
     return f"{world.size} x {torch.get_num_threads()} threads of {next(filter(None, names))}"
 
-def git_revision() -> str:
-    """Returns the commit of this file's folder, with '-dirty' where tracked files differ from it, or 'none'."""
-    command = "git describe --always --abbrev=40 --exclude='*' --dirty 2>/dev/null || echo none"
-    return subprocess.check_output(command, shell=True, text=True, cwd=Path(__file__).resolve().parent).strip()
-
 def peak_memory_gib(device: torch.device) -> float:
     """Returns the most memory that this process has held: on the GPU, or on a CPU as a whole (GiB)."""
     if device.type == "cuda":
@@ -489,6 +484,18 @@ POLYNOMIALS = {     # a factor of |G|_F, and (a, b, c) of each step, s <- a s + 
                              (3.2858, -2.3681, 0.4645), (2.3465, -1.7098, 0.4232)]),     # Amsel et al. 2025, 2505.16932
 }
 
+def symmetric(A: torch.Tensor, B: torch.Tensor, C=None, beta=0.0, alpha=1.0, strip=256) -> torch.Tensor:
+    """Returns alpha A B + beta C, for A (k, m, n) or (m, n), where that is symmetric. On a CPU, for m >= 2 strips, what
+    is below the diagonal is copied from above it: two thirds of the operations for m = 768."""
+    add, m = torch.addmm if A.ndim == 2 else torch.baddbmm, A.size(-2)
+    if A.is_cuda or m < 2 * strip:
+        return A @ B if C is None else add(C, A, B, beta=beta, alpha=alpha)
+    S = A.new_empty(*A.shape[:-1], m)
+    for i, j in pairwise([*range(0, m, strip), m]):
+        S[..., i:j, i:] = symmetric(A[..., i:j, :], B[..., i:], None if C is None else C[..., i:j, i:], beta, alpha)
+        S[..., j:, i:j] = S[..., i:j, j:].mT
+    return S
+
 def orthogonalize(G: torch.Tensor, steps=5, dtype=None, polynomial="quintic", gram=None) -> torch.Tensor:
     """Returns about U V^T of each matrix U S V^T in a batch G (k, m, n), m <= n, by Newton-Schulz in `dtype`.
 
@@ -496,20 +503,22 @@ def orthogonalize(G: torch.Tensor, steps=5, dtype=None, polynomial="quintic", gr
     to 1. With `gram` (None: for n >= 2 m in float32 and 64) they run on R = X X^T (k, m, m), half of the operations for
     n = 4 m, and X is multiplied once (Zhang et al. 2026, Gram Newton-Schulz); half precision would need restarts.
     """
+    if G.ndim == 3 and not G.is_cuda and G.size(1) >= 512:     # one by one, large ones stay in a CPU's caches
+        return torch.stack([orthogonalize(g, steps, dtype, polynomial, gram) for g in G])
     factor, coefficients = POLYNOMIALS[polynomial]
     coefficients = [coefficients[min(i, len(coefficients) - 1)] for i in range(steps)]
     X = (G / (factor * G.norm(dim=(-2, -1), keepdim=True)).clamp_min(1e-20)).to(dtype or G.dtype)
     if not (X.size(-1) >= 2 * X.size(-2) and X.dtype.itemsize >= 4 if gram is None else gram):
         for a, b, c in coefficients:
-            A = X @ X.mT
-            X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+            A = symmetric(X, X.mT)
+            X = (torch.addmm if X.ndim == 2 else torch.baddbmm)(X, symmetric(A, A, A, b, c), X, beta=a)
         return X
-    R, P, Q = X @ X.mT, None, None     # each step multiplies X by a polynomial P of R; Q is the product of all
+    R, P, Q = symmetric(X, X.mT), None, None     # a step multiplies X by a polynomial P of R; Q is the product of all
     for a, b, c in coefficients:
-        R = R if P is None else P @ R @ P
-        P = torch.baddbmm(R, R, R, beta=b, alpha=c)
+        R = R if P is None else symmetric(symmetric(P, R), P)
+        P = symmetric(R, R, R, b, c)
         P.diagonal(dim1=-2, dim2=-1).add_(a)
-        Q = P if Q is None else P @ Q
+        Q = P if Q is None else symmetric(P, Q)
     return Q @ X
 
 UPDATE_SCALES = {     # scale of an orthogonal m x n update, and the ratio of Muon's rate to AdamW's that belongs to it
@@ -542,7 +551,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, parts=parts,
                                       update_scale=update_scale))
         self.nesterov, self.accumulate, self.cautious, self.beta2 = nesterov, accumulate, cautious, beta2
-        self.ns_dtype, self.momentum_dtype = ns_dtype, momentum_dtype
+        self.ns_dtype, self.momentum_dtype, self.cpu_batch = ns_dtype, momentum_dtype, 2**20     # numbers: its caches'
         function = torch.compile(orthogonalize, dynamic=False) if compiled else orthogonalize
         self.orthogonalize = partial(function, steps=ns_steps, polynomial=polynomial, dtype=ns_dtype)
         self.owners, self.observed = {}, None     # observed: a dict that is given each parameter's u, for the metrics
@@ -567,12 +576,15 @@ class Muon(torch.optim.Optimizer):
     members = property(lambda self: [(p, group) for group in self.param_groups for p in group["params"]])
     @torch.no_grad()
     def step(self, closure=None):
-        batches = {}     # same-shaped matrices, tall ones transposed, of all parameters together
+        batches, seen = {}, Counter()     # of same-shaped matrices, tall ones transposed: each owner's [(p, group)]
         for p, group in self.members:
             if p.grad is not None:
-                batches.setdefault(tuple(sorted(matrices(p, group["parts"]).shape[1:])), []).append((p, group))
-        under_way = [self.start(shape, batches[shape]) for shape in sorted(batches, reverse=True)]
-        for updates, gathering, _ in under_way:
+                shape, owner = tuple(sorted(matrices(p, group["parts"]).shape[1:])), self.owners[p]
+                i = 0 if p.is_cuda else seen[shape, owner] * math.prod(shape) // self.cpu_batch
+                batches.setdefault((shape, i), [[] for _ in range(self.world_size)])[owner].append((p, group))
+                seen[shape, owner] += 1
+        started = (self.start(shape, owned) for (shape, _), owned in sorted(batches.items(), reverse=True))
+        for (updates, gathering, _), _ in pairwise(chain(started, [None])):     # by now the next one is under way
             _ = gathering and gathering.wait()
             for p, group, u in updates:
                 W, lr, decay = matrices(p, group["parts"]), group["lr"], group["lr"] * group["weight_decay"]
@@ -583,13 +595,11 @@ class Muon(torch.optim.Optimizer):
                     decay *= lr / group["base_lr"] if self.cautious else 1
                     W.sub_(W * (u * W > 0) if self.cautious else W, alpha=decay)
                 W.add_(u, alpha=-lr * UPDATE_SCALES[group["update_scale"]][0](*W.shape[1:]))
-    def start(self, shape: tuple, items: list) -> tuple:
-        """Computes this rank's updates of `items` [(p, group)], whose matrices, or their transposes, all have `shape`;
+    def start(self, shape: tuple, owned: list) -> tuple:
+        """Computes this rank's updates of owned[rank] [(p, group)], whose matrices, or their transposes, have `shape`;
         returns [(p, group, u (k, *shape))] of all ranks, the gathering to wait for, and what must live until then."""
-        owned = [[(p, group) for p, group in items if self.owners[p] == rank] for rank in range(self.world_size)]
         counts = [[len(matrices(p, group["parts"])) for p, group in part] for part in owned]
-        mine, p = owned[self.rank], items[0][0]
-        U = p.new_empty(0, *shape, dtype=self.ns_dtype)
+        mine, U = owned[self.rank], next(filter(None, owned))[0][0].new_empty(0, *shape, dtype=self.ns_dtype)
         if mine:
             U = self.orthogonalize(torch.cat([self.direction(p, group) for p, group in mine]))
             U = self.normalize(U, mine, counts[self.rank]).to(U.dtype) if self.beta2 else U
@@ -617,8 +627,7 @@ class Muon(torch.optim.Optimizer):
     def normalize(self, U: torch.Tensor, mine: list, counts: list[int]) -> torch.Tensor:
         """NorMuon's second step, of U (k, m, n), m <= n, of all of `mine`: each column's mean square is tracked."""
         r = U.square().mean(1, keepdim=True, dtype=mine[0][0].dtype)
-        for (p, _), new in zip(mine, r.split(counts), strict=True):
-            state = self.state[p]
+        for state, new in zip((self.state[p] for p, _ in mine), r.split(counts), strict=True):
             state["second_moment"] = torch.lerp(state.get("second_moment", torch.zeros_like(new)), new, 1 - self.beta2)
         even = U * torch.cat([self.state[p]["second_moment"] for p, _ in mine]).clamp_min(1e-10).rsqrt()
         before, after = (x.norm(dim=(1, 2), keepdim=True) for x in (U, even))
@@ -675,8 +684,7 @@ def make_optimizers(model: GPT, c: Config, ns_dtype=None, compiled=False) -> tup
                                polynomial=c.polynomial, update_scale="none" if seed_002 else c.update_scale,
                                ns_dtype=ns_dtype, momentum_dtype=getattr(torch, c.momentum_dtype), compiled=compiled))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-    return optimizers, table
+    return optimizers, "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 # ======== 6. Schedules: pure functions of the step (0 for the first). =================================================
 def lr_multiplier(c: Config, step: int) -> float:
@@ -729,7 +737,6 @@ def evaluate(model: GPT, rows: Rows, c: Config, world: World, micro_batch: int) 
 
 # ======== 8. Checkpoints. =============================================================================================
 CHECKPOINT = "checkpoint.pt"
-
 def save_checkpoint(path: Path, content: dict) -> None:
     """Writes beside `path`, syncs and renames: at any moment `path` is a whole checkpoint, the old one or the new."""
     with open(path.with_name(path.name + ".part"), "wb") as file:
@@ -769,8 +776,7 @@ def update(optimizers: list, c: Config, step: int, world: World) -> None:
     """A step of all optimizers on the gradients, which stay until the next are made."""
     set_schedules(optimizers, c, step)
     if c.grad_clip:     # g <- g min(1, c / |g|), of all parameters together
-        groups = sum((optimizer.param_groups for optimizer in optimizers), [])
-        nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], c.grad_clip)
+        nn.utils.clip_grad_norm_([p for o in optimizers for row in o.param_groups for p in row["params"]], c.grad_clip)
     for optimizer in optimizers:
         with world.collective("exchange of the matrices' updates"):
             optimizer.step()
@@ -799,7 +805,6 @@ def measure(model: nn.Module, before: dict, observed: dict) -> dict:
 def train(c: Config, world: World, resumed: dict | None) -> int:
     """Trains to the end, or to a signal; returns the exit status of the process."""
     signals, source, device = catch_signals(), Path(__file__).read_text(encoding="utf-8"), world.device
-
     # Sizes and data: what is wrong with them is said here, before anything trains.
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     micro_batches = {n // c.seq_len: micro_batch_rows(c, n // c.seq_len, world.size, memory) for n in c.batch_tokens}
@@ -814,7 +819,6 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
     if resumed and resumed["data"] != data:
         raise RunError(f"--resume {c.resume}: its run read other data; give that run's --train_files and --val_files "
                        f"(sha256 {resumed['data']}, here {data})")
-
     # The run folder: one id for all ranks and nodes.
     new_id = f"{c.track}_{datetime.datetime.now():%Y%m%d-%H%M%S}_{os.urandom(4).hex()}"
     native = "bfloat16" if all(world.gather(has_bf16_units(device))) else "float32"
@@ -823,7 +827,6 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
     if not resumed and world.gather((folder / "log.txt").exists())[0]:
         raise RunError(f"--run_id {c.run_id}: {folder} holds a run; give another name, or go on with --resume {folder}")
     log = RunLog(folder, world.rank)
-
     # Model and optimizers.
     torch.manual_seed(c.seed)
     model = raw = GPT(c, dtype := getattr(torch, c.dtype)).initialize(c.seed).to(device)
@@ -837,9 +840,10 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
         with world.collective("start-up broadcast of the weights"):
             model = nn.parallel.DistributedDataParallel(raw, gradient_as_bucket_view=True)
     optimizers, table = make_optimizers(raw, c, dtype, compiled)
-
     tokens_total, epochs = positions[-1] * c.seq_len, positions[-1] / train_rows.num_rows
-    hardware, commit = describe_hardware(world), git_revision()
+    hardware = describe_hardware(world)
+    commit = subprocess.check_output("git describe --always --abbrev=40 --exclude='*' --dirty 2>/dev/null || echo none",
+                                     shell=True, text=True, cwd=Path(__file__).resolve().parent).strip()
     parameters, in_blocks = (sum(p.numel() for p in part.parameters()) for part in (raw, raw.blocks))
     log(source + "=" * 100, console=False)
     log(f"run folder: {folder}")
@@ -859,7 +863,6 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
     log(f"batch: {', '.join(f'{n:,}' for n in c.batch_tokens)} tokens a step; a process runs "
         f"{', '.join(map(str, micro_batches.values()))} rows of {c.seq_len} at once")
     log(f"model: {parameters:,} parameters, of which {in_blocks:,} in the blocks\n{table}")
-
     def snapshot() -> dict:
         with world.collective("collection of the optimizers' state"):
             states = [optimizer.state_dict() for optimizer in optimizers]
@@ -886,7 +889,6 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
     if resumed:
         log(f"resumed: {c.resume} at step {step}/{c.num_steps}, after {clock.elapsed:.1f} s of training")
     start, loader, data_wait = None, load_batches(train_rows, positions, c.seed, world, step), 0.0
-
     def require_finite(finite: bool, what: str) -> None:
         if not finite:
             good = f"the last good checkpoint is in {folder}" if (folder / CHECKPOINT).exists() else "none was saved"
@@ -909,7 +911,6 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
         log.step(f"step:{done}/{c.num_steps} train_loss:{loss:.6f} train_time:{1e3 * seconds:.0f}ms "
                  f"step_avg:{1e3 * seconds / done:.2f}ms", bar)
         return stopped > 0
-
     # The clock counts all of the loop but validation and checkpoints. A GPU's step is read when the next one is queued,
     # so that it never waits for the host.
     pending, stopping = None, False
@@ -962,7 +963,6 @@ def train(c: Config, world: World, resumed: dict | None) -> int:
     if step < c.num_steps:
         log(f"stopped by a signal at step {step}/{c.num_steps}; go on with: --resume {folder}")
         return 128 + (signals or [signal.SIGTERM])[0]
-
     # FLOP a token of a step: 6 a matrix weight, and 12 L T D for attention (PaLM, arXiv:2204.02311, appendix B).
     speed = tokens_total / clock.elapsed
     flops = 6 * (parameters - raw.embed.weight.numel()) + 12 * c.num_layers * c.seq_len * c.model_dim

@@ -38,11 +38,12 @@ def count_all_reduces(world) -> dict[int, int]:
 OPTIONS = dict(num_layers=3, normuon_beta2=0.9, matrix_weight_decay=0.1, decay_kind="cautious")
 
 
-def steps(first: int, last: int, state: dict | None = None) -> tuple:
+def steps(first: int, last: int, state: dict | None = None, cpu_batch: int = 2**20) -> tuple:
     """Muon's steps `first` to `last` of 20 on recorded float64 gradients, from `state` on; returns the optimizer and
     {parameter: its values at the end}."""
     model = small_model(**OPTIONS).double()
     optimizer = train_gpt.make_optimizers(model, model.config)[0][1]
+    optimizer.cpu_batch = cpu_batch
     matrices = {name: p for name, p in model.named_parameters() if p in optimizer.owners}
     if state is not None:
         optimizer.load_state_dict(state["optimizer"])
@@ -61,16 +62,17 @@ def state_bytes(states: dict) -> int:
 
 
 def sharded_steps(world, folder: str) -> dict:
-    """20 steps; on 2 ranks the first 10, saved, too, on 4 the last 10 from there. Bytes that each rank holds."""
+    """20 steps; on 2 ranks the first 10, saved, too, on 4 the last 10 from there. Bytes that each rank holds. A batch
+    has one parameter a rank, or all of a shape."""
     path, resumed = Path(folder) / "half.pt", {}
     if world.size == 2:
-        optimizer, half = steps(0, 10)
+        optimizer, half = steps(0, 10, cpu_batch=1)
         whole = optimizer.state_dict()
         if world.rank == 0:
             torch.save(dict(optimizer=whole, matrices=half), path)
     else:
         resumed = steps(10, 20, torch.load(path))[1]
-    optimizer, matrices = steps(0, 20)
+    optimizer, matrices = steps(0, 20, cpu_batch=1 if world.size == 2 else 2**20)
     held = world.gather(state_bytes(optimizer.state))
     saved = optimizer.state_dict()
     return dict(held=held, saved=state_bytes(saved["state"]), held_after=world.gather(state_bytes(optimizer.state)),
