@@ -485,9 +485,9 @@ POLYNOMIALS = {     # a factor of |G|_F, and (a, b, c) of each step, s <- a s + 
 }
 
 def symmetric(A: torch.Tensor, B: torch.Tensor, C=None, beta=0.0, alpha=1.0, strip=256) -> torch.Tensor:
-    """Returns alpha A B + beta C, for A (k, m, n) or (m, n), where that is symmetric. On a CPU, for m >= 2 strips, what
-    is below the diagonal is copied from above it: two thirds of the operations for m = 768."""
-    add, m = torch.addmm if A.ndim == 2 else torch.baddbmm, A.size(-2)
+    """Returns A B, or with C alpha A B + beta C, for A (k, m, n) or (m, n), where that is symmetric. On a CPU, for m of
+    two strips or more, what is below the diagonal is copied from above it: for m = 768 a third is saved."""
+    add, m = (torch.addmm if A.ndim == 2 else torch.baddbmm), A.size(-2)
     if A.is_cuda or m < 2 * strip:
         return A @ B if C is None else add(C, A, B, beta=beta, alpha=alpha)
     S = A.new_empty(*A.shape[:-1], m)
@@ -497,7 +497,7 @@ def symmetric(A: torch.Tensor, B: torch.Tensor, C=None, beta=0.0, alpha=1.0, str
     return S
 
 def orthogonalize(G: torch.Tensor, steps=5, dtype=None, polynomial="quintic", gram=None) -> torch.Tensor:
-    """Returns about U V^T of each matrix U S V^T in a batch G (k, m, n), m <= n, by Newton-Schulz in `dtype`.
+    """Returns about U V^T of each matrix U S V^T in G, (k, m, n) or (m, n), m <= n, by Newton-Schulz in `dtype`.
 
     X <- a X + b (X X^T) X + c (X X^T)^2 X from X = G / |G|_F. Five steps do not lift singular values below 0.003 |G|_F
     to 1. With `gram` (None: for n >= 2 m in float32 and 64) they run on R = X X^T (k, m, m), half of the operations for
@@ -551,7 +551,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, parts=parts,
                                       update_scale=update_scale))
         self.nesterov, self.accumulate, self.cautious, self.beta2 = nesterov, accumulate, cautious, beta2
-        self.ns_dtype, self.momentum_dtype, self.cpu_batch = ns_dtype, momentum_dtype, 2**20     # numbers: its caches'
+        self.ns_dtype, self.momentum_dtype, self.cpu_batch = ns_dtype, momentum_dtype, 2**20     # its size in numbers
         function = torch.compile(orthogonalize, dynamic=False) if compiled else orthogonalize
         self.orthogonalize = partial(function, steps=ns_steps, polynomial=polynomial, dtype=ns_dtype)
         self.owners, self.observed = {}, None     # observed: a dict that is given each parameter's u, for the metrics
@@ -580,11 +580,11 @@ class Muon(torch.optim.Optimizer):
         for p, group in self.members:
             if p.grad is not None:
                 shape, owner = tuple(sorted(matrices(p, group["parts"]).shape[1:])), self.owners[p]
-                i = 0 if p.is_cuda else seen[shape, owner] * math.prod(shape) // self.cpu_batch
+                i = 0 if p.is_cuda else seen[shape, owner] // self.cpu_batch
                 batches.setdefault((shape, i), [[] for _ in range(self.world_size)])[owner].append((p, group))
-                seen[shape, owner] += 1
+                seen[shape, owner] += p.numel()
         started = (self.start(shape, owned) for (shape, _), owned in sorted(batches.items(), reverse=True))
-        for (updates, gathering, _), _ in pairwise(chain(started, [None])):     # by now the next one is under way
+        for (updates, gathering, _sent), _ in pairwise(chain(started, [None])):     # by now the next was computed
             _ = gathering and gathering.wait()
             for p, group, u in updates:
                 W, lr, decay = matrices(p, group["parts"]), group["lr"], group["lr"] * group["weight_decay"]
@@ -776,7 +776,7 @@ def update(optimizers: list, c: Config, step: int, world: World) -> None:
     """A step of all optimizers on the gradients, which stay until the next are made."""
     set_schedules(optimizers, c, step)
     if c.grad_clip:     # g <- g min(1, c / |g|), of all parameters together
-        nn.utils.clip_grad_norm_([p for o in optimizers for row in o.param_groups for p in row["params"]], c.grad_clip)
+        nn.utils.clip_grad_norm_([p for o in optimizers for g in o.param_groups for p in g["params"]], c.grad_clip)
     for optimizer in optimizers:
         with world.collective("exchange of the matrices' updates"):
             optimizer.step()

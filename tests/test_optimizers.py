@@ -181,6 +181,27 @@ def test_fused_and_banked_matrices_move_as_those_of_their_own(options):
         torch.testing.assert_close(p.detach().view(96, 32), torch.cat([p.detach() for p in split]))
 
 
+@pytest.mark.parametrize("cpu_batch, batches", [(1, 5), (4096, 3), (2**20, 2)])
+def test_batches_do_not_change_the_result(cpu_batch, batches):
+    """Two fused and two plain parameters of one shape of matrix, in one batch, two, or one each; and one of another."""
+    shapes = [(96, 32), (96, 32), (32, 32), (32, 32), (64, 32)]
+    results, calls = [], []
+    for size in (2**20, cpu_batch):
+        parameters = [torch.nn.Parameter(normal(*shape, seed=i)) for i, shape in enumerate(shapes)]
+        optimizer = train_gpt.Muon([dict(params=parameters[:2], parts=3), dict(params=parameters[2:])], beta2=0.9)
+        optimizer.cpu_batch, start = size, optimizer.start
+        optimizer.start = lambda *batch, start=start: calls.append(batch) or start(*batch)
+        for step in range(3):
+            calls.clear()
+            for i, p in enumerate(parameters):
+                p.grad = normal(*p.shape, seed=100 * step + i)
+            optimizer.step()
+        results.append(parameters)
+    assert len(calls) == batches
+    for p, q in zip(*results, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_survives_a_round_trip(dtype):
     """Bit for bit, in its dtype, which torch's own load_state_dict would change to the parameter's."""
