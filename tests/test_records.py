@@ -180,9 +180,10 @@ def test_losses_in_the_text_are_in_a_log(path):
 
 
 def test_the_sample_output_in_the_readme_is_of_the_log():
-    block = re.search(r"```\n(kernels: .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    log = (ROOT / "records/tiny/2026-11-23_run_sh/tiny_20261123-093401_70837835.txt").read_text().splitlines()
-    assert set(block.splitlines()) - {"..."} <= set(log)
+    readme = (ROOT / "README.md").read_text()
+    block = re.search(r"```\n(kernels: .*?)```", readme, re.DOTALL)[1]
+    log = ROOT / re.search(r"\[the log\]\((records/[^)]+)\)", readme)[1]
+    assert set(block.splitlines()) - {"..."} <= set(log.read_text().splitlines())
 
 
 def test_the_session_in_the_readme_is_of_the_logs():
