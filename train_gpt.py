@@ -6,7 +6,7 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py small
     python train_gpt.py --resume logs/RUN           # go on from the checkpoint of a run
 
-Result on tiny, one CPU core: 1.2748 nats a byte (1.2644 to 1.2884, n = 5; target 1.30). small has not run yet.
+Result on tiny, one CPU core: 1.2743 nats a byte (1.2639 to 1.2918, n = 5; target 1.30). small has not run yet.
 Sections: 1 Config | 2 processes | 3 data | 4 model | 5 optimizers | 6 schedules | 7 evaluation | 8 checkpoints | 9 main
 
 Shape suffixes: B rows of a micro-batch, R rows of a rank's batch, T tokens of a row, D model_dim, H num_heads,
