@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything from a fresh clone to a trained model and its plot:
-#   ./run.sh [tiny|small] [--field value ...]     environment, data, training, plot (python train_gpt.py --help: fields)
-#   ./run.sh env requirements.txt                 prints the interpreter to use, making .venv where it is needed
+#   ./run.sh [TRACK] [--field value ...]     environment, data, training, plot (python train_gpt.py --help: fields)
+#   ./run.sh env requirements.txt            prints the interpreter to use, making .venv where it is needed
 # With no track named: small on a GPU of compute capability 8.0 and 20 GB or more, else tiny.
 # PYTHON=python3.12 ./run.sh takes that interpreter as it is. NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and
 # NPROC_PER_NODE go to torchrun: give the first four on every node of several.
@@ -66,50 +66,54 @@ if [ "${1:-}" = env ]; then
 fi
 python=$(find_python requirements.txt)
 
-# What hardware is there: the number of GPUs, and whether one of them can train `small`.
-read -r gpus large < <("$python" -c 'import torch
-gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-print(len(gpus), int(any((g.major, g.minor) >= (8, 0) and g.total_memory >= 20e9 for g in gpus)))')
-
-log_dir=logs resume='' track='' own_data='' previous=''
 for argument in "$@"; do
-    case $previous$argument in
-        --help | -h) exec "$python" train_gpt.py --help ;;
-        --log_dir?*) log_dir=${argument#--log_dir=} ;;
-        --resume?*) resume=${argument#--resume=} ;;
-        --train_files?*) own_data=1 ;;
-        tiny | small) track=$argument ;;
-    esac
     case $argument in
-        --*=*) previous='' ;;
-        --*) previous=$argument ;;
-        *) previous='' ;;
+        --help | -h) exec "$python" train_gpt.py --help ;;
     esac
 done
-if [ -z "$track$resume" ]; then
-    [ "$large" = 1 ] && track=small || track=tiny
-    set -- $track "$@"
-fi
-if [ -z "$own_data$resume" ]; then
-    case $track in
-        tiny) "$python" data/local_text.py ;;
-        small) "$python" data/fineweb.py ;;
-    esac
-fi
+
+# What is there, and what the run will be, by the trainer's own reading of the command line.
+plan=$("$python" -c '
+import os, shlex, sys
+import torch, train_gpt
+gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+large = any((g.major, g.minor) >= (8, 0) and g.total_memory >= 20e9 for g in gpus)
+given, saved, chosen = train_gpt.parse_command_line(sys.argv[1:]), None, ""
+try:
+    if given.get("resume"):
+        saved = train_gpt.load_checkpoint(given["resume"])["config"]
+    elif "track" not in given:
+        given["track"] = chosen = "small" if large else "tiny"
+    c = train_gpt.make_config(given, saved)
+except train_gpt.RunError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+for name, value in dict(
+        gpus=len(gpus), chosen=chosen, prepare="" if saved or "train_files" in given else c.prepare,
+        # A step with fewer tokens leaves most GPUs idle.
+        processes=len(gpus) if gpus and c.batch_tokens >= 4096 * len(gpus) else 1,
+        train_files=c.train_files, val_files=c.val_files, log_dir=c.log_dir,
+        run=os.path.join(c.log_dir, c.run_id) if c.run_id else "").items():
+    print(f"{name}={shlex.quote(str(value))}")' "$@")
+eval "$plan"
+[ -z "$chosen" ] || set -- "$chosen" "$@"
+
+# The data: `prepare` is a program with its options, and the others are patterns, which may hold spaces.
+[ -z "$prepare" ] || "$python" $prepare
+checked=$(IFS=; "$python" data/shards.py verify $train_files $val_files) || {
+    grep -v ': good: ' <<<"$checked" >&2
+    exit 1
+}
 
 # Signals: the terminal sends Ctrl-C to the trainer too, SIGTERM has to be passed on; either way it saves and stops.
 if [ "$gpus" -gt 0 ] || [ -n "${NPROC_PER_NODE:-}${NNODES:-}" ]; then
-    nproc=${NPROC_PER_NODE:-$gpus}
-    if [ -z "${NPROC_PER_NODE:-}" ] && { [ "$track" = tiny ] || [ "$gpus" = 0 ]; }; then
-        nproc=1     # a step of tiny has 4 rows
-    fi
     if [ "${NNODES:-1}" = 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
         rendezvous=(--standalone)
     else
         rendezvous=(--nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" --master_addr="${MASTER_ADDR:-127.0.0.1}"
             --master_port="${MASTER_PORT:-29500}")
     fi
-    launch=("$python" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node="$nproc")
+    launch=("$python" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node="${NPROC_PER_NODE:-$processes}")
 else
     launch=("$python")
 fi
@@ -125,8 +129,6 @@ while kill -0 $trainer 2>/dev/null; do     # a signal ended the wait: the traine
 done
 [ "$status" = 0 ] || exit "$status"
 if [ "${NODE_RANK:-0}" = 0 ]; then
-    run=$resume     # a resumed run goes on in its own folder; a new one is the newest
-    [ -n "$run" ] || run=$(ls -td "$log_dir"/*/ | head -n 1)
-    [ -d "$run" ] || run=$(dirname "$run")
+    [ -n "$run" ] || run=$(ls -td "$log_dir"/*/ | head -n 1)     # a run without a name is the newest
     "$python" records/plot.py "$run" || echo "run.sh: the run is whole, but its plot could not be drawn" >&2
 fi

@@ -26,6 +26,7 @@ small() {
     "$python" train_gpt.py small --num_steps 50 --cooldown_steps 20 --val_every 0 --val_tokens 524288 \
         --train_files 'data/site_packages/train_*.bin' --val_files 'data/site_packages/val_*.bin' \
         --log_dir "$out" "${@:2}"
+    "$python" bench/mfu.py "$(ls -td "$out"/*/ | head -n 1)"
 }
 
 optimizers() {

@@ -1,33 +1,34 @@
 #!/usr/bin/env python3
-"""Times the loader of train_gpt.py: alone, against a plain copy, and within training on tiny.
+"""Times the loader of train_gpt.py: within training, and alone, against a plain copy.
 
-    python bench/loader.py                 # both parts, about a minute
-    python bench/loader.py --steps 1000    # the share of a whole run of tiny spent waiting for data
+    python bench/loader.py                                  # both parts, about a minute
+    python bench/loader.py --steps 50 --tokens 0 small      # training alone, with options of train_gpt.py
+
+Within training (default: tiny): the share of the time in which training waits for the loader.
 
 Alone: tokens a second of load_batches, over shards of random tokens in a temporary folder, against a plain copy that
 writes the same tensors: each step's rows, known in advance, gathered from one memory-mapped file and converted. As a
 bound, the last column reads as many tokens in the order of the file instead, which no shuffled order can reach: rows
-from all over the text miss the caches. The three are timed in turn (A B C C B A); the figures are medians. Within
-training: data_wait_seconds over train_seconds of the run's summary.
+from all over the text miss the caches. The three are timed in turn (A B C C B A); the figures are medians.
 """
 
 import argparse
-import json
-import os
+import copy
+import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-from shards import ShardWriter  # noqa: E402
+from shards import HEADER_BYTES, ShardWriter  # noqa: E402
 
 import train_gpt  # noqa: E402
 
@@ -48,24 +49,26 @@ def write_shards(folder: Path, count: int, tokens: int) -> None:
 def compare_alone(tokens: int, blocks: int) -> None:
     torch.set_num_threads(1)
     print(f"M tokens/s, medians of {2 * blocks}   loader  plain copy  ratio  in file order")
-    for name, count, seq_len, step_tokens, ranks in CASES:
+    for name, count, seq_len, step_tokens, processes in CASES:
         with tempfile.TemporaryDirectory() as folder:
             write_shards(Path(folder), count, tokens)
-            rows = train_gpt.Rows("train_files", f"{folder}/train_*.bin", 50257, seq_len, 10**9)
-            steps, share = tokens * ranks // step_tokens, step_tokens // seq_len // ranks
-            positions = list(accumulate([share * ranks] * steps, initial=0))
-            world = train_gpt.World(0, ranks, torch.device("cpu"), 60.0)
-            order = rows.shuffled(0, np.arange(positions[-1]))
+            c = SimpleNamespace(seq_len=seq_len, vocab_size=50257, prepare="")
+            rows = train_gpt.Rows("train_files", f"{folder}/train_*.bin", c, 10**9)
+            steps, share = tokens * processes // step_tokens, step_tokens // seq_len // processes
+            positions = [share * processes * step for step in range(steps + 1)]
+            order = train_gpt.training_order(rows.count, 0, range(positions[-1]))
             with ShardWriter(Path(folder) / "whole.bin", 50257) as shard:     # the same rows in one file
-                shard.write(np.concatenate([rows.read(np.arange(rows.num_rows))[:, :-1].flatten(), [0]]).astype("<u2"))
-            whole = train_gpt.Rows("train_files", f"{folder}/whole.bin", 50257, seq_len, 10**9).windows[0]
+                shard.write(np.append(rows.read(range(rows.count))[:, :-1], 0).astype("<u2"))
+            whole = np.memmap(f"{folder}/whole.bin", dtype="<u2", mode="c", offset=HEADER_BYTES)
+            whole = np.lib.stride_tricks.sliding_window_view(whole, seq_len + 1, writeable=True)[::seq_len]     # rows
             batches = [order[position:position + share] for position in positions[:-1]]
 
             def copy(indices, whole=whole):
                 return [torch.from_numpy(whole[index]).to(torch.int64).shape for index in indices]
 
-            def load(rows=rows, positions=positions, world=world):
-                return [batch.shape for batch in train_gpt.load_batches(rows, positions, 0, world)]
+            def load(rows=rows, positions=positions, processes=processes):
+                with mock.patch.object(train_gpt, "ranks", lambda: (0, processes)):
+                    return [batch.shape for batch in train_gpt.load_batches(rows, positions, 0, torch.device("cpu"))]
 
             runs = dict(loader=load, plain=lambda b=batches, c=copy: c(b),
                         in_order=lambda n=share, k=steps, c=copy: c(slice(i * n, i * n + n) for i in range(k)))
@@ -82,28 +85,42 @@ def compare_alone(tokens: int, blocks: int) -> None:
                   flush=True)
 
 
-def train_tiny(steps: int) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, ROOT / "train_gpt.py", "tiny", "--num_steps", str(steps), "--val_every", "0",
-                   "--val_tokens", "16384", "--log_dir", folder, "--run_id", "run"]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
-                                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
-        if result.returncode:
-            sys.exit(f"loader.py: the run failed:\n{result.stderr}")
-        summary = json.loads((Path(folder) / "run/summary.json").read_text())
-    waited, trained = summary["data_wait_seconds"], summary["train_seconds"]
-    print(f"within training on tiny: {waited:.3f} s of {trained:.1f} s waiting for data, {100 * waited / trained:.3f}% "
-          f"({steps} steps, {summary['hardware']}, torch {summary['torch']})")
+def within_training(steps: int, options: list[str]) -> None:
+    given = dict(track="tiny") | train_gpt.parse_command_line(options) | dict(num_steps=steps)
+    c, device = train_gpt.make_config(given), train_gpt.join_ranks(600)
+    run = train_gpt.set_up(c, device, {})
+    signal.signal(signal.SIGINT, signal.default_int_handler)     # a run would save and stop
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    run.log = lambda text, console=True: None
+    train_gpt.prime(run, copy.deepcopy(run.state.state_dict()))
+    loader = train_gpt.load_batches(run.train_rows, run.starts, c.seed, device)
+    waited, run.clock = 0.0, time.perf_counter()
+    for step in range(1, steps + 1):
+        asked = time.perf_counter()
+        tokens = next(loader)
+        waited += time.perf_counter() - asked
+        train_gpt.train_step(run, tokens)
+        if device.type == "cpu" or step % 10 == 0 or step == steps:
+            train_gpt.read_steps(run)
+    trained = run.state.seconds
+    print(f"within training on {c.track}: {waited:.3f} s of {trained:.1f} s waiting for data, {waited / trained:.3%} "
+          f"({steps} steps, {train_gpt.describe_hardware(device)}, torch {torch.__version__})", flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=50_000_000, help="tokens of the shards (default: 50 million)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--tokens", type=int, default=50_000_000,
+                        help="tokens of the shards (default: 50 million; 0: no part alone)")
     parser.add_argument("--blocks", type=int, default=3, help="blocks of A B B A (default: 3)")
-    parser.add_argument("--steps", type=int, default=200, help="steps of training on tiny (default: 200)")
-    args = parser.parse_args()
-    compare_alone(args.tokens, args.blocks)
-    train_tiny(args.steps)
+    parser.add_argument("--steps", type=int, default=200, help="steps of training (default: 200)")
+    args, options = parser.parse_known_args()
+    try:
+        within_training(args.steps, options)
+    except train_gpt.RunError as error:
+        sys.exit(f"loader.py: {error}")
+    if args.tokens:
+        compare_alone(args.tokens, args.blocks)
 
 
 if __name__ == "__main__":

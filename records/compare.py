@@ -38,8 +38,8 @@ MOST_RUNS = 1000                # a side, beyond which a difference is said not 
 EQUAL_TIME = 0.02               # relative difference of mean times that still counts as equal
 MODDED_TARGET = 3.28            # of modded-nanogpt's tracks 1 and 3
 # Fields of Config that may differ between the runs of a side: they change neither the result nor its time.
-RUNS_OWN = {"seed", "train_files", "val_files", "log_dir", "run_id", "resume", "val_every", "save_every",
-            "collective_timeout", "optimizer_metrics_every"}
+RUNS_OWN = {"seed", "prepare", "train_files", "val_files", "log_dir", "run_id", "resume", "val_every", "save_every",
+            "metrics_every", "optimizer_metrics_every", "prime_steps", "collective_timeout"}
 
 
 @dataclass(frozen=True)

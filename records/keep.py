@@ -15,7 +15,6 @@ import datetime
 import hashlib
 import itertools
 import re
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -111,8 +110,6 @@ def keep(name: str, paths: list[Path], root: Path = ROOT) -> Path:
             path.write_text(without_machine(text, root), encoding="utf-8")
             for sha256, source in sources.items():
                 (made / source_name(sha256)).write_text(source, encoding="utf-8")
-            if folder and (run.folder / "summary.json").exists():
-                shutil.copy(run.folder / "summary.json", path.parent)
         for extra in ("plan.json", "runs.jsonl"):
             if folder and (folder / extra).exists():
                 (made / extra).write_text(without_machine((folder / extra).read_text("utf-8"), root), encoding="utf-8")

@@ -359,7 +359,7 @@ def update(root: Path, write: bool) -> list[str]:
     """
     read_record.cache_clear()
     places, wrong = [root / "README.md", root / "records" / "README.md"], []
-    needed = {places[1]: [f"<!-- leaderboard {track} -->" for track in TRACKS]}
+    needed = {places[1]: [f"<!-- leaderboard {track} -->" for track in TRACKS if records_of(root, track)]}
     for track in TRACKS:
         for record in records_of(root, track):
             places.append(record / "README.md")

@@ -4,6 +4,9 @@ A log of train_gpt.py is its source, a line of 100 '=', facts such as `config: {
 `key: value` lines; a resumed run goes on in the same file and writes source and facts again. A log of modded-nanogpt is
 its source, a line of 100 '=', versions and nvidia-smi, another such line, and `step:` lines.
 
+A `step:` line is `step:N/M key:value ...` in any order. What counts is train_loss or val_loss with train_time, in s or
+ms; other keys are ignored.
+
 In a record the logs of train_gpt.py stand without their sources, each of which is kept once, beside them (keep.py).
 """
 
@@ -14,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DIVIDER = "=" * 100 + "\n"
-STEP = re.compile(r"^step:(\d+)/(\d+) (train|val)_loss:(\S+) train_time:([\d.]+)(ms|s)\b", re.MULTILINE)
+STEP = re.compile(r"^step:(\d+)/(\d+) (.*)\n", re.MULTILINE)     # of a line that a kill cut off nothing counts
 
 
 class LogError(Exception):
@@ -62,6 +65,13 @@ class Run:
         """Returns (seconds of training, validation loss) of the last step of a finished run."""
         return self.losses["val"][self.num_steps]
 
+    @property
+    def batch_tokens(self) -> list[int]:
+        """The tokens of each planned step: one number in the Config or, in older logs, those of equal stages."""
+        stages = self.config["batch_tokens"]
+        stages = stages if isinstance(stages, list) else [stages]
+        return [stages[step * len(stages) // self.num_steps] for step in range(self.num_steps)]
+
 
 THEN = " then "
 
@@ -100,6 +110,23 @@ def kept_source(log: Path, sha256: str) -> str | None:
     return None
 
 
+def read_losses(text: str) -> tuple[dict, int]:
+    """Returns (losses as in Run, planned number of steps); of two lines of a step, as after a resume, the later counts.
+
+    Raises ValueError where a loss or time is no number.
+    """
+    losses, num_steps = {"train": {}, "val": {}}, 0
+    for step, planned, pairs in STEP.findall(text):
+        pairs = dict(pair.split(":", 1) for pair in pairs.split() if ":" in pair)
+        for kind in losses:
+            if f"{kind}_loss" in pairs and "train_time" in pairs:
+                seconds, unit = re.fullmatch(r"(.*?)(m?s)?", pairs["train_time"]).groups()
+                seconds = float(seconds) / (1e3 if unit == "ms" else 1)
+                losses[kind][int(step)] = (seconds, float(pairs[f"{kind}_loss"]))
+                num_steps = int(planned)
+    return losses, num_steps
+
+
 def read_log(path: Path) -> Run:
     """Reads a log file, or the log.txt of a run folder; raises LogError where it is no log, or damaged."""
     path = path / "log.txt" if path.is_dir() else path
@@ -110,21 +137,26 @@ def read_log(path: Path) -> Run:
     except (OSError, UnicodeDecodeError) as error:
         raise LogError(f"{path} cannot be read ({error}); give the folder or log of a run") from None
 
-    losses, num_steps = {"train": {}, "val": {}}, 0
-    for step, planned, kind, loss, time, unit in STEP.findall(text):     # after a resume, the later of two lines counts
-        losses[kind][int(step)] = (float(time) / (1e3 if unit == "ms" else 1), float(loss))
-        num_steps = int(planned)
+    try:
+        losses, num_steps = read_losses(text)
+    except ValueError as error:
+        raise LogError(f"{path}: a line of a step is damaged ({error}); leave this log out") from None
 
-    configs = re.findall(r"^config: (\{.*)$", text, re.MULTILINE)
+    # Several starts where it was resumed. With "{" the words are in a source.
+    source, *starts = re.split(r"^run folder: (?!\{)", text, flags=re.MULTILINE)
+    configs = re.findall(r"^config: (\{.*)$", "".join(starts), re.MULTILINE)
     if configs:
         try:
             config = json.loads(configs[-1])
             num_steps = config["num_steps"]
         except (json.JSONDecodeError, KeyError) as error:
             raise LogError(f"{path}: its config line is damaged ({error}); leave this log out") from None
-        start = text.rfind("\nrun_id: ") + 1 or len(text)     # of the summary, whose keys are partly those of the facts
-        text, summary = text[:start], read_summary(text[start:])
-        source, divider, _ = text.partition(DIVIDER + "run folder: ")
+        summary = starts[-1].rpartition("\nrun_id: ")
+        summary = read_summary("".join(summary[1:])) if summary[1] else {}
+        # The facts stand before the first step. After it come the summary, which may have their keys, and on a resume
+        # the source, whose strings may have them.
+        text = "\n".join(re.split(r"\nstep:|\n#!|\nrun_id: ", start)[0] for start in starts)
+        divider, source = source.endswith(DIVIDER), source.removesuffix(DIVIDER)
         hashes = fact(r"^source: sha256 (\w+)", text)
         if divider and hashes and hashlib.sha256(source.encode()).hexdigest() != hashes.split(THEN)[0]:
             raise LogError(f"{path}: the source in it is not the one that ran (its sha256 is not {hashes}); give the "
@@ -138,7 +170,7 @@ def read_log(path: Path) -> Run:
             config, fact(r"^versions: (.*)$", text), fact(r"^versions: .*?\btorch ([^,]+)", text), hardware,
             fact(r"^host: (.*)$", text), int(processes[0]) if processes else None,
             fact(r"^data sha256: train (\w+)", text), fact(r"^data sha256: .*\bval (\w+)$", text), num_steps,
-            "\nresumed: " in text, losses, summary)
+            len(starts) > 1, losses, summary)
 
     source, divider, body = text.partition(DIVIDER)
     if not losses["val"] or not divider:

@@ -9,8 +9,8 @@ A folder stands for all logs below it. Runs of the same source and config, but f
 line through their mean, in a band of their standard deviation. A run that stopped before the others of its group is a
 thin line of its own, outside mean and band.
 
-The metrics.jsonl of runs with --optimizer_metrics_every is drawn against steps: on the page, and in optimizer.png
-beside loss.png, or with --out compare.png, in compare_optimizer.png. The lines are means over the runs of a group.
+The metrics of runs with --metrics_every are drawn against steps: on the page, and in optimizer.png beside loss.png, or
+with --out compare.png, in compare_optimizer.png. The lines are means over the layers, and over the runs of a group.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import io
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,15 +42,13 @@ AXES = ("steps", "tokens", "seconds of training")
 LONGEST_NAME = 60               # characters, up to which a group's name tells its config too
 DASHES = {"-": "none", "--": "6 3", "-.": "6 2 2 2", ":": "2 2"}     # matplotlib's line styles: SVG's, for the page
 DOT = dict(marker="o", markersize=5, markeredgecolor="black", markeredgewidth=0.7)
-FIGURES = {                     # panels of what train_gpt.py's measure() writes: (label, scale) -> keys
+FIGURES = {                     # panels of what the optimizers' get_post_step_metrics gives: (label, scale) -> keys
     ("norm of the gradient", "log"): ["gradient"],
     ("norm of the weight", "log"): ["weight"],
     ("norm of the update", "log"): ["update"],
-    ("RMS of the update", "log"): ["update_rms"],
     ("norm of update / norm of weight", "log"): ["update_to_weight"],
     ("orthogonality error", "linear"): ["orthogonality_error"],
     ("least and largest singular value", "linear"): ["least_singular", "largest_singular"],
-    ("share where cautious decay would act", "linear"): ["decay_share"],
 }
 
 
@@ -146,9 +145,8 @@ def group_runs(runs: list[Run], baselines: list[Run]) -> list[Group]:
 # The curves: arrays of four rows, which are steps, tokens, seconds of training and loss, with a column a logged step.
 
 def tokens_after(run: Run) -> np.ndarray:
-    """Returns the tokens trained on after 0, 1, ... num_steps steps; batch_tokens are in equal stages."""
-    stages, steps = np.array(run.config["batch_tokens"]), np.arange(run.num_steps)
-    return np.concatenate([[0], np.cumsum(stages[steps * len(stages) // run.num_steps])])
+    """Returns the tokens trained on after 0, 1, ... num_steps steps."""
+    return np.concatenate([[0], np.cumsum(run.batch_tokens)])
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -252,28 +250,31 @@ def loss_picture(groups: list[Group]) -> Picture:
 
 
 def read_metrics(run: Run) -> dict[int, dict]:
-    """Returns {step: {parameters: {figure: value, or nan}}} of the run's metrics.jsonl, {} without one.
+    """Returns {step: {kind: {figure: mean over the parameters of that kind, or nan}}} of the log's lines of metrics.
 
-    Of a step that a resumed run did again, the later line counts. Raises LogError where a line but the last is damaged.
+    A kind has the parameters that differ in their layer alone. There is a line for each optimizer; of a step that a
+    resumed run did again, the later lines count. A damaged line is left out, which is said.
     """
-    path, found = run.folder / "metrics.jsonl", {}
-    if run.path.name != "log.txt" or not path.exists():
-        return {}
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise LogError(f"{path} cannot be read ({error.strerror}); make it readable, or move it away") from None
-    for number, line in enumerate(lines, 1):
+    found = {}
+    for line in re.findall(r'^metrics: (\{"step".*)', run.path.read_text(encoding="utf-8"), re.MULTILINE):
         try:
             entry = json.loads(line)
-            found[int(entry["step"])] = {kind: {name: np.nan if value is None else float(value)
-                                                for name, value in figures.items()}
-                                         for kind, figures in entry["parameters"].items()}
+            parameters = {name: {figure: float(value) for figure, value in figures.items()}
+                          for name, figures in entry["parameters"].items()}
+            found.setdefault(int(entry["step"]), {}).update(parameters)
         except (ValueError, KeyError, TypeError, AttributeError):
-            if number < len(lines):
-                raise LogError(f"{path}, line {number}: is no line of metrics; delete that line") from None
-            print(f"plot.py: left out: {path}, line {number}, the last: it is damaged, as by a kill", file=sys.stderr)
-    return found
+            print(f"plot.py: left out: {run.path} has a damaged line of metrics: {line[:40]}", file=sys.stderr)
+    return {step: means_of_kinds(parameters) for step, parameters in found.items()}
+
+
+def means_of_kinds(parameters: dict) -> dict:
+    kinds = {}
+    for name, figures in parameters.items():
+        if {"update", "weight"} <= figures.keys() and figures["weight"]:
+            figures["update_to_weight"] = figures["update"] / figures["weight"]
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(figures)
+    return {kind: {figure: float(np.mean([figures.get(figure, np.nan) for figures in members]))
+                   for figure in dict.fromkeys(itertools.chain(*members))} for kind, members in kinds.items()}
 
 
 def draw_figures(axis, lines: list[tuple], label: str, scale: str) -> None:
@@ -301,21 +302,20 @@ def optimizer_picture(groups: list[Group]) -> Picture | None:
             steps = sorted(set.intersection(*map(set, runs)))
             means = np.mean([[run[step].get(kind, {}).get(key, np.nan) for step in steps] for run in runs], axis=0)
             if scale == "log":
-                means[means <= 0] = np.nan      # a gap, as where the file has null
+                means[means <= 0] = np.nan      # a gap, as where the log has NaN
             if not np.isnan(means).all():
                 lines.append((steps, means, dict(color=colors[kind], linestyle=style)))
         if lines:
             panels.append((label, partial(draw_figures, lines=lines, label=label, scale=scale)))
     legend = [(kind, dict(color=color, linestyle="-")) for kind, color in colors.items()]
     reading = ("norms: Frobenius; of Muon's updates, after NorMuon, before rate and scale: orthogonality error (0: "
-               "orthogonal) and singular values; cautious decay would act where update and weight agree in sign")
+               "orthogonal) and singular values; lines: means over layers"
+               + " and runs" * any(len(runs) > 1 for _, runs in measured))
     if len(measured) > 1:
         legend += [(group.title, dict(color="#000000", linestyle=style))
                    for (group, _), style in zip(measured, DASHES, strict=False)]
     if len(measured) > len(DASHES):
         reading += f"; only the first {len(DASHES)} of {len(measured)} groups: plot the others apart"
-    if any(len(runs) > 1 for _, runs in measured):
-        reading += "; lines: means over runs"
     return Picture(panels, legend, reading) if panels else None
 
 

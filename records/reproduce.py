@@ -31,10 +31,6 @@ from logs import THEN, LogError, Run, read_log
 import train_gpt
 
 OWN_PATHS = {"log_dir", "run_id", "resume"}     # fields of Config that name folders of the original run
-DATA_COMMANDS = {
-    "tiny": "python data/local_text.py --force writes it anew, from the sources of the torch that is installed: the "
-            "run had torch {torch}",
-    "small": "python data/fineweb.py fetches it"}
 SPREADS = 3     # that a loss may lie from the record's mean
 
 
@@ -58,17 +54,20 @@ def options(config: dict) -> list[str]:
                                if name not in OWN_PATHS | {"track"})]
 
 
+def prepare(config: dict) -> str:
+    """Returns the program that makes the data; of an older Config, which does not name it, today's of its track."""
+    return config.get("prepare") or train_gpt.make_config(dict(track=config["track"])).prepare
+
+
 def data_here(run: Run) -> dict[str, str]:
     """Returns {option: what is wrong with its files here}; reads the shards that the run would, as it would."""
     config, wrong = run.config, {}
-    stages, length = config["batch_tokens"], config["seq_len"]
-    rows = dict(train=sum(stages[step * len(stages) // run.num_steps] // length for step in range(run.num_steps)),
-                val=config["val_tokens"] // length)
-    alone = train_gpt.World(0, 1, train_gpt.torch.device("cpu"), 0)
+    tokens = dict(train=sum(run.batch_tokens), val=config["val_tokens"])
+    c = argparse.Namespace(**{**config, "prepare": prepare(config)})
     for split, recorded in (("train", run.train_sha256), ("val", run.val_sha256)):
         option = f"{split}_files"
         try:
-            here = train_gpt.Rows(option, config[option], config["vocab_size"], length, rows[split]).check(alone)
+            here = train_gpt.Rows(option, config[option], c, tokens[split] // c.seq_len).sha256()
         except (train_gpt.RunError, OSError) as error:
             wrong[option] = str(error)
         else:
@@ -149,8 +148,8 @@ def reproduce(args: argparse.Namespace, overrides: list[str]) -> int:
     if threads:
         environment.update(OMP_NUM_THREADS=threads[1], CUDA_VISIBLE_DEVICES="")
         train_gpt.torch.set_num_threads(int(threads[1]))
-    world = train_gpt.World(0, nproc, train_gpt.torch.device(device), 0)
-    here = dict(hardware=train_gpt.describe_hardware(world), torch=train_gpt.torch.__version__)
+    hardware = train_gpt.describe_hardware(train_gpt.torch.device(device)).removeprefix("1 x ")     # of one process
+    here = dict(hardware=f"{nproc} x {hardware}", torch=train_gpt.torch.__version__)
     final = f"val_loss {run.final[1]:.6f} after {run.num_steps} steps, {run.final[0]:.1f} s" if run.finished else "none"
     print(f"log: {run.path}\nsource: sha256 {run.source_sha256}, as recorded; git {run.git}\nrecorded result: {final}")
     for name, value in here.items():
@@ -166,9 +165,9 @@ def reproduce(args: argparse.Namespace, overrides: list[str]) -> int:
         return 0
 
     if wrong and not overrides:
-        remedy = DATA_COMMANDS[run.config["track"]].format(torch=run.torch)
-        raise LogError(f"the data are not the run's: {'; '.join(wrong.values())}. {remedy}; or name other files after "
-                       "--, and the loss is not compared")
+        raise LogError(f"the data are not the run's: {'; '.join(wrong.values())}. python {prepare(run.config)} makes "
+                       f"them (--help says from what; the run had torch {run.torch}); or name other files after --, "
+                       "and the loss is not compared")
     if not args.yes:
         if not sys.stdin.isatty():
             raise LogError("this would run code from a log, and there is no terminal to ask on; read it (--out FILE), "

@@ -1,12 +1,17 @@
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from shards import ShardWriter
+
+import train_gpt
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--num_layers", "2", "--num_heads", "2", "--head_dim", "16", "--seq_len", "32", "--batch_tokens", "512",
@@ -19,7 +24,6 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    import torch
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: ./test.sh --slow"))
@@ -54,6 +58,27 @@ def run(*arguments, nproc: int = 1, timeout: float = 200, gpu: bool = False) -> 
     """Runs the real train_gpt.py, under torchrun for nproc > 1, and returns what it printed and its status."""
     return subprocess.run(command(*arguments, nproc=nproc), capture_output=True, text=True, timeout=timeout,
                           env=environment(gpu))
+
+
+@contextlib.contextmanager
+def one_thread():
+    """As OMP_NUM_THREADS=1, and with the signal handlers and random state as they were afterwards."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_rng_state(state)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def train(*arguments) -> int:
+    """Runs train_gpt.main on this command line, in this process, and returns its exit status."""
+    with one_thread():
+        return train_gpt.main([*map(str, arguments)])
 
 
 def losses(log: Path) -> dict[tuple[str, int], str]:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import train_gpt
 
 
-def count_all_reduces(world) -> dict[int, int]:
+def count_all_reduces() -> dict[int, int]:
     """Returns {micro-steps: all-reduces of gradient buckets in a step}."""
     model = DistributedDataParallel(small_model())
     counts = []
@@ -24,12 +24,12 @@ def count_all_reduces(world) -> dict[int, int]:
         return allreduce_hook(state, bucket)
 
     model.register_comm_hook(None, hook)
-    tokens = torch.randint(257, (8, 17), generator=torch.Generator().manual_seed(world.rank))
+    tokens = torch.randint(257, (8, 17), generator=torch.Generator().manual_seed(dist.get_rank()))
     result = {}
     for _ in range(2):     # the buckets settle after the first step
         for micro_batch in (8, 4, 2, 1):
             counts.append(0)
-            train_gpt.accumulate_gradients(model, tokens, micro_batch, world)
+            train_gpt.accumulate_gradients(model, tokens, micro_batch)
             model.zero_grad()
             result[8 // micro_batch] = counts[-1]
     return result
@@ -38,13 +38,14 @@ def count_all_reduces(world) -> dict[int, int]:
 OPTIONS = dict(num_layers=3, normuon_beta2=0.9, matrix_weight_decay=0.1, decay_kind="cautious")
 
 
-def steps(first: int, last: int, state: dict | None = None, cpu_batch: int = 2**20) -> tuple:
+def steps(first: int, last: int, state: dict | None = None) -> tuple:
     """Muon's steps `first` to `last` of 20 on recorded float64 gradients, from `state` on; returns the optimizer and
     {parameter: its values at the end}."""
     model = small_model(**OPTIONS).double()
-    optimizer = train_gpt.make_optimizers(model, model.config)[0][1]
-    optimizer.cpu_batch = cpu_batch
-    matrices = {name: p for name, p in model.named_parameters() if p in optimizer.owners}
+    optimizer = train_gpt.make_optimizers(model, model.config)[0]["muon"]
+    for group in optimizer.param_groups:
+        group["ns_dtype"] = torch.float64
+    matrices = dict(model.blocks.named_parameters())
     if state is not None:
         optimizer.load_state_dict(state["optimizer"])
         for name, p in matrices.items():
@@ -57,33 +58,28 @@ def steps(first: int, last: int, state: dict | None = None, cpu_batch: int = 2**
     return optimizer, {name: p.detach() for name, p in matrices.items()}
 
 
-def state_bytes(states: dict) -> int:
-    return sum(tensor.nbytes for state in states.values() for tensor in state.values())
-
-
-def sharded_steps(world, folder: str) -> dict:
-    """20 steps; on 2 ranks the first 10, saved, too, on 4 the last 10 from there. Bytes that each rank holds. A batch
-    has one parameter a rank, or all of a shape."""
-    path, resumed = Path(folder) / "half.pt", {}
-    if world.size == 2:
-        optimizer, half = steps(0, 10, cpu_batch=1)
-        whole = optimizer.state_dict()
-        if world.rank == 0:
-            torch.save(dict(optimizer=whole, matrices=half), path)
+def shared_steps(folder: str) -> dict:
+    """20 steps; on 2 ranks the first 10, saved, too, on 4 the last 10 from there. `shares`: how many matrices this
+    rank orthogonalized in a step."""
+    path, resumed, shares = Path(folder) / "half.pt", {}, []
+    if dist.get_world_size() == 2:
+        optimizer, half = steps(0, 10)
+        if dist.get_rank() == 0:
+            torch.save(dict(optimizer=optimizer.state_dict(), matrices=half), path)
     else:
         resumed = steps(10, 20, torch.load(path))[1]
-    optimizer, matrices = steps(0, 20, cpu_batch=1 if world.size == 2 else 2**20)
-    held = world.gather(state_bytes(optimizer.state))
-    saved = optimizer.state_dict()
-    return dict(held=held, saved=state_bytes(saved["state"]), held_after=world.gather(state_bytes(optimizer.state)),
+    original = train_gpt.Muon.orthogonalize
+    train_gpt.Muon.orthogonalize = staticmethod(lambda G, *rest: (shares.append(len(G)), original(G, *rest))[1])
+    matrices = steps(0, 20)[1]
+    return dict(shares=train_gpt.gather(sum(shares) / 20),
                 matrices={name: p.tolist() for name, p in matrices.items()},
                 resumed={name: p.tolist() for name, p in resumed.items()})
 
 
 if __name__ == "__main__":
-    world = train_gpt.start_world(60)
-    facts = dict(all_reduces=count_all_reduces(world), **sharded_steps(world, sys.argv[1]))
-    if world.rank == 0:
+    train_gpt.join_ranks(60)
+    facts = dict(all_reduces=count_all_reduces(), **shared_steps(sys.argv[1]))
+    if dist.get_rank() == 0:
         print("FACTS " + json.dumps(facts), flush=True)
     dist.destroy_process_group()
     os._exit(0)     # as train_gpt.py does, for the reason given there

@@ -102,6 +102,32 @@ def test_resumed_log(tmp_path):
     assert [text.split(": ")[0] for text in voids] == ["a run given twice", *["resumed on other ground"] * 2]
 
 
+def test_steps_in_any_order_and_with_other_keys(tmp_path):
+    """What a fork logs besides, in any order, is ignored; a cut line says nothing, a damaged number is an error."""
+    path, start = tmp_path / "log.txt", log_text().split("step:1/")[0]
+    path.write_text(start + """step:1/20 train_loss:5.5 grad_norm:0.3 train_time:1000ms step_avg:1ms
+step:2/20 train_time:2.5s step_avg:1ms lr:1e-3,2e-3 note: train_loss:4.5e0
+step:3/20 step_avg:?ms train_loss:nan my_val_loss:none train_time:3000ms
+step:3/20 grad_norm:nanms val_loss:4.25 train_loss:4.0 train_time:3000ms
+step:4/20 grad_norm:0.5 train_time:4000ms
+step:20/20 train_time:9000ms val_loss:3""")
+    run = logs.read_log(path)
+    assert run.losses == {"train": {1: (1, 5.5), 2: (2.5, 4.5), 3: (3, 4)}, "val": {3: (3, 4.25)}}
+    for pair in ("train_loss:x", "train_time:xms"):
+        path.write_text(f"{start}step:1/20 train_loss:1 train_time:1ms {pair}\n")
+        with pytest.raises(logs.LogError, match="a line of a step is damaged .could not convert string to float: 'x'"):
+            logs.read_log(path)
+
+
+def test_facts_that_stand_in_the_source_too(tmp_path):
+    """A source whose text has lines as a log has, in a run that was stopped and resumed."""
+    source = 'log(f"""\nrun folder: {x}\nhardware: {y}\nversions: torch 1\nconfig: {"a": 1}\nrun_id: {z}""")\n'
+    (tmp_path / "log.txt").write_text(log_text(source=source, steps=5) + log_text(source="#!x\n" + source, steps=5))
+    run = logs.read_log(tmp_path)
+    assert (run.hardware, run.torch, run.config["lr"]) == ("8 x NVIDIA H100", "2.13.0+cu128", 0.002)
+    assert run.resumed and run.summary == {} and run.source == source
+
+
 def modded_log(loss, seconds=178.9, unit="ms", steps=1770) -> str:
     """Returns a log such as modded-nanogpt's scripts write; times in seconds are those of its track 3."""
     time = f"{1e3 * seconds:.0f}ms" if unit == "ms" else f"{seconds:.3f}s"

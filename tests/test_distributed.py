@@ -11,9 +11,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, SMALL, command, environment
-from distributed_worker import state_bytes, steps
-
-import train_gpt
+from distributed_worker import steps
 
 
 @pytest.fixture(scope="module")
@@ -46,25 +44,10 @@ def test_the_ranks_share_muon_and_a_state_of_two_goes_on_on_four_and_one(facts, 
                    for name, p in matrices.items()) < 1e-9
 
 
-def test_each_rank_holds_its_share_of_the_state(facts):
-    """In bytes: the shares add up to what one process holds, none is above an equal one by more than the largest
-    matrix's state, and saving gathers the whole and lets it go."""
-    optimizer, _ = steps(0, 1)
-    total, largest = state_bytes(optimizer.state), max(state_bytes({0: state}) for state in optimizer.state.values())
-    assert sum(facts["held"]) == total == facts["saved"]
-    assert max(facts["held"]) <= total / len(facts["held"]) + largest
-    assert facts["held_after"] == facts["held"]
-
-
-def test_shares_of_the_124m_model_on_8_ranks():
-    """By the ownership table alone: no rank has more than an equal share of the momentum, or of the operations."""
-    with torch.device("meta"):
-        model = train_gpt.GPT(train_gpt.make_config(dict(track="small")))
-        groups = [dict(params=[(name, p)], parts=3 if "qkv" in name else 1)
-                  for name, p in model.blocks.named_parameters()]
-        owners = train_gpt.Muon(groups, world=(0, 8)).owners
-    held = [sum(4 * p.numel() for p, owner in owners.items() if owner == rank) for rank in range(8)]
-    assert sum(held) == 4 * 84_934_656 and max(held) == min(held)
+def test_the_ranks_share_the_orthogonalization(facts):
+    """3 layers have 9 matrices of Q, K and V, and 9 others; no rank has more than two beyond an equal share."""
+    shares = facts["shares"]
+    assert sum(shares) == 18 and max(shares) <= 18 / len(shares) + 2
 
 
 @pytest.mark.slow
@@ -83,8 +66,8 @@ def test_a_rank_that_hangs_ends_the_run_with_a_message(text, tmp_path):
     finally:
         process.kill()
     assert process.returncode != 0 and log
-    assert re.search(r"error: rank 0 of 2: the .* failed; another rank died, or was waited for longer than "
-                     r"--collective_timeout 5 s", output), output
+    assert re.search(r"error: rank 0 of 2: .* another rank died, or was waited for longer than --collective_timeout",
+                     output), output
 
 
 def wait_for(folder, pattern: str, seconds: float = 60):

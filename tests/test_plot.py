@@ -50,15 +50,24 @@ def write(folder: Path, seed: int = 0, stop: int | None = None, num_steps: int =
 
 
 def write_metrics(folder: Path, seed: int, kinds: tuple = ("blocks.*.<b>up", "embed"), steps=range(4, 81, 4)) -> dict:
-    """Writes metrics.jsonl of a matrix of Muon's and of others; returns {(step, kind, figure): value}."""
-    random, figures = np.random.default_rng(seed), list(itertools.chain(*plot.FIGURES.values()))
-    entries = [dict(step=step, parameters={kind: dict(zip(figures[:None if kind == kinds[0] else 5], random.random(9),
-                                                          strict=False)) for kind in kinds}) for step in steps]
-    if 0 in steps:
-        entries[0]["parameters"][kinds[0]].update(update_to_weight=None, weight=0, least_singular=0)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    return {(entry["step"], kind, figure): value for entry in entries for kind, found in entry["parameters"].items()
-            for figure, value in found.items()}
+    """Adds lines of metrics to the log, of matrices of two layers, with all figures, and of others, with norms alone.
+
+    Returns {(step, kind, figure): mean over the layers}, from the values that were drawn, with update / weight.
+    """
+    random, means = np.random.default_rng(seed), {}
+    figures = ["gradient", "weight", "update", "orthogonality_error", "least_singular", "largest_singular", "unknown"]
+    with open(folder / "log.txt", "a") as log:
+        for kind, step in itertools.product(kinds, steps):     # a line for each optimizer
+            layers = random.random((2, 7) if kind == kinds[0] else (1, 3))
+            if step == 0 and kind == kinds[0]:
+                layers[:, 1], layers[:, 3], layers[0, 4] = 0, np.nan, 0
+            names = [kind.replace("*", str(layer)) for layer in range(len(layers))]
+            parameters = {name: dict(zip(figures, map(float, values), strict=False))
+                          for name, values in zip(names, layers, strict=True)}
+            log.write(f"metrics: {json.dumps(dict(step=step, parameters=parameters))}\n")
+            means |= {(step, kind, figure): values.mean() for figure, values in zip(figures, layers.T, strict=False)}
+            means[step, kind, "update_to_weight"] = np.mean([u / w if w else np.nan for _, w, u, *_ in layers])
+    return means
 
 
 def drawn(groups: list) -> dict:
@@ -145,20 +154,22 @@ def test_band_is_mean_and_standard_deviation(tmp_path):
                                         "and 1 stopped before")
 
 
-def test_tokens_follow_the_stages_of_the_trainer(tmp_path):
+def test_tokens_follow_the_trainer(tmp_path):
+    """Of a run of today; of an older one with three stages; of a real one of those."""
     trainer = importlib.import_module("train_gpt")
-    config = trainer.make_config(dict(track="tiny", num_steps=20, batch_tokens=(512, 1024, 2048)))
+    config = trainer.make_config(dict(track="tiny", num_steps=20, batch_tokens=512))
     rows = [trainer.batch_rows(config, step) for step in range(20)]
-    assert len(set(rows)) == 3
-    run = logs.read_log(write(tmp_path / "run", num_steps=20, batch_tokens=[512, 1024, 2048]))
+    run = logs.read_log(write(tmp_path / "run", num_steps=20, batch_tokens=512))
     assert plot.tokens_after(run).tolist() == [config.seq_len * sum(rows[:step]) for step in range(21)]
+    run = logs.read_log(write(tmp_path / "stages", num_steps=7, batch_tokens=[512, 1024, 2048]))
+    assert plot.tokens_after(run).tolist() == [0, 512, 1024, 1536, 2560, 3584, 5632, 7680]     # steps 3 and 5 begin one
     run = logs.read_log(RECORDS / "2026-11-22_run_sh")
     assert plot.tokens_after(run)[-1] == run.summary["tokens"]
     assert plot.speed(run)[2] == pytest.approx(run.summary["tokens_per_second"], rel=1e-5)
 
 
 def test_lines_of_the_optimizers(tmp_path):
-    """Each line against the means of the files' values: two seeds, and one run in which some is null or 0."""
+    """Each line against the means of the logs' values: two seeds, and one run in which some is NaN or 0."""
     wide, narrow = [write(tmp_path / "wide" / str(seed), seed) for seed in (1, 2)], write(tmp_path / "b", 3, lr=0.1)
     plain = write(tmp_path / "plain", 4, lr=0.2)
     first, second = (write_metrics(folder, seed) for seed, folder in enumerate(wide))
@@ -178,19 +189,20 @@ def test_lines_of_the_optimizers(tmp_path):
                 expected.setdefault((colors[kind], "-"), []).append(
                     [(step, (first[step, kind, figure] + second[step, kind, figure]) / 2) for step in range(4, 81, 4)])
                 expected.setdefault((colors[kind], "--"), []).append(
-                    [(step, third[step, kind, figure] or (0 if scale == "linear" else None))
+                    [(step, third[step, kind, figure] or (0 if scale == "linear" else np.nan))
                      for step in range(0, 81, 8)])
         assert panels[label][1].keys() == expected.keys()
         for key, lines in expected.items():
             np.testing.assert_allclose(panels[label][1][key], np.array(lines, dtype=float), rtol=1e-12)
-    assert len(panels) == 8 and len(panels["least and largest singular value"][1][colors["blocks.*.<b>up"], "-"]) == 2
-    assert "means over runs" in picture.reading and "only the first" not in picture.reading
+    assert len(panels) == 6 and len(panels["least and largest singular value"][1][colors["blocks.*.<b>up"], "-"]) == 2
+    assert np.isnan(third[0, "blocks.*.<b>up", "orthogonality_error"]) and third[0, "blocks.*.<b>up", "weight"] == 0
+    assert "means over layers and runs" in picture.reading and "only the first" not in picture.reading
 
-    # AdamW alone has no panels of Muon's; of many groups the first are drawn, which is said; without metrics, nothing.
+    # Norms alone have no panels of Muon's; of many groups the first are drawn, which is said; without metrics, nothing.
     write_metrics(plain, 1, kinds=("none", "embed"))
-    path = plain / "metrics.jsonl"
+    path = plain / "log.txt"
     path.write_text(re.sub(r'"none": {[^}]*}', '"none": {}', path.read_text()))
-    assert len(drawn(groups_of(plain))) == 5 and len(plot.optimizer_picture(groups_of(plain)).legend) == 2
+    assert len(drawn(groups_of(plain))) == 4 and len(plot.optimizer_picture(groups_of(plain)).legend) == 2
     for i in range(3):
         write_metrics(write(tmp_path / "many" / str(i), lr=i), i)
     many = plot.optimizer_picture(groups_of(tmp_path))
@@ -199,23 +211,25 @@ def test_lines_of_the_optimizers(tmp_path):
 
 
 def test_damaged_metrics(tmp_path, capsys):
-    """A last line that a kill cut off is left out, the later of two lines counts, damage elsewhere is an error."""
+    """A damaged line, as by a kill, is left out, which is said; of two lines of a step the later counts."""
     folder = write(tmp_path / "run")
-    write_metrics(folder, 1)
-    path, (run,) = folder / "metrics.jsonl", plot.read_runs([folder])
-    lines, known = path.read_text().splitlines(), plot.read_metrics(run)
+    path, (run,) = folder / "log.txt", plot.read_runs([folder])
+    start = path.read_text()
+    assert plot.read_metrics(run) == {}
+    write_metrics(folder, 1, kinds=("embed",))
+    lines, known = path.read_text().removeprefix(start).splitlines(), plot.read_metrics(run)
     assert sorted(known) == list(range(4, 81, 4)) and capsys.readouterr().err == ""
-    path.write_text("\n".join(lines)[:-30])
+    path.write_text(start + "\n".join(lines)[:-30])
     assert plot.read_metrics(run) == {step: known[step] for step in range(4, 80, 4)}
-    assert capsys.readouterr().err == (f"plot.py: left out: {path}, line 20, the last: it is damaged, as by a kill\n")
+    assert f"plot.py: left out: {path} has a damaged line of metrics: " in capsys.readouterr().err
     again = lines[4].replace('"step": 20', '"step": 16')
-    path.write_text("\n".join([*lines[:4], again]) + "\n")
+    path.write_text(start + "\n".join([*lines[:4], again]) + "\n")
     assert plot.read_metrics(run) == {**{step: known[step] for step in (4, 8, 12)}, 16: known[20]}
-    for damaged in (lines[2][:40], lines[2][:40] + lines[3], "", "[]", '{"step": 8}', '{"step": 8, "parameters": []}',
+    for damaged in (lines[2][:40], lines[2][:40] + lines[3], '{"step": 8}', '{"step": 8, "parameters": []}',
                     '{"step": null, "parameters": {}}', '{"step": 8, "parameters": {"embed": {"update": "x"}}}'):
-        path.write_text("\n".join([*lines[:2], damaged, *lines[2:]]))
-        with pytest.raises(logs.LogError, match=re.escape(f"{path}, line 3: is no line of metrics; delete that line")):
-            plot.read_metrics(run)
+        damaged = "metrics: " + damaged.removeprefix("metrics: ")
+        path.write_text(start + "\n".join([*lines[:2], damaged, *lines[2:]]) + "\n")
+        assert plot.read_metrics(run) == known and "damaged line" in capsys.readouterr().err
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
@@ -243,10 +257,6 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert "Inside the optimizers" in (tmp_path / "page.html").read_text(encoding="utf-8")
     assert main(run).out == f"plot: {run / 'loss.png'}\nplot: {run / 'optimizer.png'}\n"
     assert plt.imread(run / "optimizer.png").shape[1] == 1760     # four panels in a row
-    (run / "metrics.jsonl").write_text("x\n\n")
-    (run / "loss.png").unlink()
-    assert main(run).startswith(f"plot.py: {run / 'metrics.jsonl'}, line 1: ") and not (run / "loss.png").exists()
-    (run / "metrics.jsonl").unlink()
     for arguments, words in (
             ([untrained], "no run is left to draw"), ([tmp_path / "none"], "none does not exist"),
             ([run, "--out", tmp_path / "x.txt"], "must end in one of"),
@@ -309,7 +319,7 @@ def make_page(folder: Path) -> Path:
 def test_page_has_the_figures_of_the_logs(tmp_path):
     page = make_page(tmp_path).read_text(encoding="utf-8")
     reader = Reader(page)
-    assert page.startswith("<!DOCTYPE html>") and len(reader.references) == 3 + 8
+    assert page.startswith("<!DOCTYPE html>") and len(reader.references) == 3 + 6
     for reference in reader.references:
         kind, _, data = reference.partition(",")
         assert kind == "data:image/png;base64" and base64.b64decode(data).startswith(b"\x89PNG")
@@ -441,7 +451,7 @@ def check(seen: dict, width: int) -> None:
     assert seen["mode"] == "CSS1Compat" and seen["width"] <= width, "layout"
     assert "Config differences" in seen["text"] and '<img src=x onerror=alert(1)>&"' in seen["text"], "text"
     assert "Inside the optimizers" in seen["text"] and "blocks.*.<b>up" in seen["text"], "text"
-    assert len(seen["images"]) == 3 + 8, "images"
+    assert len(seen["images"]) == 3 + 6, "images"
     for natural, *box in seen["images"]:
         x, y, width, height = map(round, box)
         part = seen["picture"][y:y + height, x:x + width].reshape(-1, 3)

@@ -15,12 +15,11 @@ import compare
 import keep
 import leaderboard
 import logs
+import plot
 import pytest
 import reproduce
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, train
 from test_compare import log_text
-
-import train_gpt
 
 LOGS = sorted({*ROOT.glob("records/*/*/**/log.txt"), *ROOT.glob("records/*/*/*.txt")})
 SEARCH = sorted((ROOT / "records" / "tiny" / "2026-11-22_matrix_optimizers" / "search").glob("*.txt"))
@@ -201,7 +200,7 @@ def test_the_session_in_the_readme_is_of_the_logs():
 
 
 def test_the_result_in_the_trainers_docstring():
-    stated = re.search(r"^Result on tiny,.*: ([\d.]+) nats a byte \(([\d.]+) to ([\d.]+), n = (\d+);",
+    stated = re.search(r"^tiny on .*: ([\d.]+) nats a byte \(([\d.]+) to ([\d.]+), n = (\d+);",
                        (ROOT / "train_gpt.py").read_text(), re.MULTILINE).groups()
     found = {(f"{one.loss:.4f}", f"{min(one.losses):.4f}", f"{max(one.losses):.4f}", str(len(one.losses)))
              for one, _ in leaderboard.ranked(ROOT, "tiny") if one.losses}
@@ -298,7 +297,6 @@ def test_keep_an_ab_folder(copy, tmp_path):
             run_id = f"tiny_20261201-10200{block}_{side}"
             made(folder / names[-1], log_text(3.27 + block / 1000 - (side == "B") / 10, seed=block, source=source,
                                               run_id=run_id))
-            (folder / names[-1] / "summary.json").write_text("{}")
             (folder / names[-1] / "checkpoint.pt").write_text("large")
     command = f"/opt/python/bin/python3 {copy}/logs/ab/source_A/train_gpt.py tiny"
     (folder / "plan.json").write_text(json.dumps(dict(metric="final_loss", alpha=0.05, runs=names,
@@ -311,7 +309,7 @@ def test_keep_an_ab_folder(copy, tmp_path):
     files = {path.relative_to(record).as_posix() for path in record.rglob("*") if path.is_file()}
     sources = {path.name for path in record.glob("source_*.py.kept")}
     assert files - sources == {"plan.json", "runs.jsonl", "README.md", "loss.png", *(
-        f"{name}/{file}" for name in names for file in ("log.txt", "summary.json"))} and len(sources) == 2
+        f"{name}/log.txt" for name in names)} and len(sources) == 2
     sides = [[logs.read_log(record / name) for name in names if f"_{side}_" in name] for side in "AB"]
     result = leaderboard.compare(*sides, "final_loss")
     assert result.decision == "faster" and not result.voids
@@ -326,13 +324,9 @@ def test_keep_an_ab_folder(copy, tmp_path):
 def record(tmp_path_factory, text) -> Path:
     """The record of a real run of 2 steps, with an odd Config, in a repository of its own."""
     root = tmp_path_factory.mktemp("repository")
-    options = [*text, *SMALL, "--num_steps", "2", "--betas", "0.85,0.9", "--adam_eps", "1e-7", "--batch_tokens",
-               "512,1024", "--train_sha256", "", "--seed", "3", "--val_every", "1"]
-    config = train_gpt.make_config(train_gpt.parse_command_line([
-        "tiny", *options, "--log_dir", str(root / "logs"), "--run_id", "one"]))
-    with pytest.MonkeyPatch.context() as patch:     # in this process, to save the start of another
-        patch.setattr(train_gpt, "catch_signals", list)
-        assert train_gpt.train(config, train_gpt.World(0, 1, train_gpt.torch.device("cpu"), 0), None) == 0
+    assert train("tiny", *text, *SMALL, "--num_steps", 2, "--momentum_dtype", "bfloat16", "--grad_clip", 0.5,
+                 "--lr", "1e-7", "--train_sha256", "", "--seed", 3, "--val_every", 1, "--metrics_every", 1,
+                 "--log_dir", root / "logs", "--run_id", "one") == 0
     (root / "records" / "tiny").mkdir(parents=True)
     (root / "README.md").write_text("")
     (root / "records" / "README.md").write_text("")
@@ -359,7 +353,9 @@ def test_reproduce_shows_what_it_would_run(record, again, tmp_path):
     status, out = again(record / "one.txt", "--out", tmp_path / "source.py")
     sha256 = hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()
     assert status == 0 and f"source: sha256 {sha256}, as recorded" in out and "hardware: 1 x " in out
-    assert "--betas=0.85,0.9 " in out and "--log_dir" not in out and "torch: " in out
+    assert "--lr=1e-07 " in out and "--grad_clip=0.5 " in out and "--log_dir" not in out and "torch: " in out
+    nproc = again(record / "one.txt", "--nproc", 2)[1]
+    assert re.search(r"^hardware: 1 x .*; here 2 x \d+ threads of ", nproc, re.M) and "--nproc_per_node=2" in nproc
     assert (tmp_path / "source.py").read_text() == (ROOT / "train_gpt.py").read_text()
     assert "exists" in again(record / "one.txt", "--out", tmp_path / "source.py")[0]
 
@@ -382,7 +378,8 @@ def test_reproduce_asks_and_refuses(record, again, tmp_path, monkeypatch):
     (beside / source.name).write_text(source.read_text())
     (beside / "log.txt").write_text(re.sub('"train_files": "[^"]*"', '"train_files": "/nowhere/*.bin"', text))
     message = again(beside, "--run", "--yes")[0]
-    assert "/nowhere/*.bin: no file matches" in message and "python data/local_text.py" in message
+    assert "/nowhere/*.bin: no row of 32 tokens in these 0 files" in message
+    assert "python data/local_text.py makes them" in message
     (beside / "log.txt").write_text(re.sub("(?m)^(data sha256: train ..*, val ).*$", r"\1abc", text))
     assert ", the run's had abc" in again(beside, "--run", "--yes")[0]
 
@@ -394,7 +391,16 @@ def test_reproduce_runs_the_recorded_source_with_the_recorded_config(record, aga
     own = dict(log_dir=str(folder), run_id="run")
     assert new.config == {**then.config, **own} and new.source_sha256 == then.source_sha256
     assert new.losses["val"].keys() == {1, 2} and new.final[1] == then.final[1]
+    assert plot.read_metrics(then).keys() == {1, 2} and repr(plot.read_metrics(then)) == repr(plot.read_metrics(new))
     assert status == 0 and "reproduced: yes, identical" in out
+
+
+def test_reproduce_knows_the_data_of_older_configs():
+    """Of a log with batch_tokens in stages and no `prepare`: the rows that it read, and the program of its track."""
+    run = next(run for run in map(logs.read_log, LOGS) if isinstance(run.config["batch_tokens"], list))
+    assert reproduce.prepare(run.config) == "data/local_text.py"
+    run.config.update(train_files="none/*.bin", val_files="none/*.bin")
+    assert all("none/*.bin: no row of" in text for text in reproduce.data_here(run).values())
 
 
 def test_reproduce_judges_by_the_spread_of_the_record(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
-"""Whole runs of the real command: the same result on any number of processes, after a resume, a second time."""
+"""Whole runs: the same result on any number of processes, after a resume, a second time; what stops one."""
 
+import copy
 import json
 import math
 import os
@@ -11,36 +12,30 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, command, environment, losses, run
+from conftest import ROOT, SMALL, command, environment, losses, one_thread, run, train
 from test_distributed import wait_for
 
 import train_gpt
 
-RUN = [*SMALL, "--val_every", "1", "--save_every", "12", "--micro_batch", "2", "--run_id", "r",
-       "--optimizer_metrics_every", "5"]
-
-
-def finished(result: subprocess.CompletedProcess):
-    assert result.returncode == 0, result.stderr
-    return result
+RUN = [*SMALL, "--val_every", "1", "--save_every", "12", "--micro_batch", "2", "--run_id", "r", "--metrics_every", "5"]
 
 
 @pytest.fixture(scope="module")
 def one(text, tmp_path_factory):
     """A run of one process, with accumulation: its folder, whose checkpoint is of step 12 of 20."""
     folder = tmp_path_factory.mktemp("one")
-    finished(run("tiny", *RUN, *text, "--log_dir", folder))
+    assert train("tiny", *RUN, *text, "--log_dir", folder) == 0
     return folder / "r"
 
 
 @pytest.fixture(scope="module")
 def two(text, tmp_path_factory):
-    """The same of two processes over gloo, with accumulation too."""
+    """The same of two processes over gloo, with accumulation too, by the real command."""
     folder = tmp_path_factory.mktemp("two")
-    finished(run("tiny", *RUN, *text, "--log_dir", folder, nproc=2))
+    result = run("tiny", *RUN, *text, "--log_dir", folder, nproc=2)
+    assert result.returncode == 0, result.stderr
     return folder / "r"
 
 
@@ -48,18 +43,6 @@ def test_two_processes_equal_one(one, two):
     a, b = losses(one), losses(two)
     assert a.keys() == b.keys() and len(a) == 40
     assert max(abs(float(a[key]) - float(b[key])) for key in a) < 1e-4
-
-
-def test_bfloat16_follows_float32_and_is_taken_where_the_cpu_has_units(one, text, tmp_path):
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    has_units = "avx512_bf16" in info or "amx_bf16" in info
-    assert train_gpt.has_bf16_units(torch.device("cpu")) == (has_units and hasattr(torch.cpu, "get_capabilities"))
-    finished(run("tiny", *RUN, *text, "--dtype", "auto" if has_units else "bfloat16", "--log_dir", tmp_path))
-    for folder, dtype in ((one, "float32"), (tmp_path / "r", "bfloat16")):
-        log = (folder / "log.txt").read_text()
-        assert f"activations and Newton-Schulz {dtype};" in log and f'"dtype": "{dtype}"' in log
-    a, b = losses(one), losses(tmp_path / "r")
-    assert 0 < max(abs(float(a[key]) - float(b[key])) for key in a) < 0.02
 
 
 def test_it_learns(one):
@@ -77,61 +60,90 @@ def same(a, b) -> bool:
     return a == b
 
 
-@pytest.fixture(scope="module", params=[1, 2])
-def again(request, one, two, text, tmp_path_factory):
-    """(processes, the first run's folder, a second one's with the same seed but no priming and no metrics, which saves
-    the end)."""
-    folder = tmp_path_factory.mktemp("again")
-    options = ["--prime_steps", 0, "--optimizer_metrics_every", 0, "--save_every", 20, "--log_dir", folder]
-    finished(run("tiny", *RUN, *text, *options, nproc=request.param))
-    return request.param, one if request.param == 1 else two, folder / "r"
+@pytest.fixture(scope="module")
+def whole(one, text, tmp_path_factory):
+    """A second run with the same seed, but with no priming and no metrics, which saves the end."""
+    folder = tmp_path_factory.mktemp("whole")
+    options = ["--prime_steps", 0, "--metrics_every", 0, "--save_every", 20, "--log_dir", folder]
+    assert train("tiny", *RUN, *text, *options) == 0
+    return folder / "r"
 
 
-def test_same_seed_same_losses_and_priming_and_metrics_leave_no_trace(again):
-    _, first, second = again
-    assert losses(first) == losses(second)
-    assert (first / "metrics.jsonl").exists() and not (second / "metrics.jsonl").exists()
-
-
-def test_metrics_of_the_optimizers(one, two):
-    """Every fifth step of the run, the same of one and of two processes."""
-    a, b = ([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (one, two))
-    assert [line["step"] for line in a] == [line["step"] for line in b] == [5, 10, 15, 20]
-    for name, figures in a[1]["parameters"].items():
-        assert figures == pytest.approx(b[1]["parameters"][name], rel=0.02, abs=1e-4)
-    assert a[1]["parameters"]["blocks.*.mlp.up.weight"].keys() == {
-        "gradient", "weight", "update", "update_rms", "update_to_weight", "orthogonality_error", "least_singular",
-        "largest_singular", "decay_share"}
+def test_same_seed_same_losses_and_priming_and_metrics_leave_no_trace(one, whole):
+    assert losses(one) == losses(whole)
+    assert "\nmetrics: " in (one / "log.txt").read_text() and "\nmetrics: " not in (whole / "log.txt").read_text()
 
 
 def test_another_seed_another_loss(one, text, tmp_path):
-    finished(run("tiny", *RUN, *text, "--seed", 1, "--log_dir", tmp_path))
+    assert train("tiny", *RUN, *text, "--seed", 1, "--log_dir", tmp_path) == 0
     assert losses(tmp_path / "r")["val", 20] != losses(one)["val", 20]
 
 
-def test_resume_is_bit_equal(again, tmp_path):
+def test_resume_is_bit_equal(one, whole, tmp_path):
     """From step 12: the losses, and at the end every weight and every optimizer state, are those of a whole run."""
-    nproc, source, whole = again
-    finished(run("--resume", source, "--log_dir", tmp_path, "--save_every", 20, nproc=nproc))
+    assert train("--resume", one, "--log_dir", tmp_path, "--save_every", 20) == 0
     resumed = losses(tmp_path / "r")
     assert resumed == {key: loss for key, loss in losses(whole).items() if key[1] > 12} and len(resumed) == 16
     a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, tmp_path / "r"))
-    for key in ("step", "position", "val_loss", "rng", "model", "optimizers"):
+    assert a.keys() == b.keys() >= {"step", "seconds", "val_loss", "rng", "model", "adamw", "muon"}
+    for key in a.keys() - {"seconds", "config"}:
         assert same(a[key], b[key]), key
-    assert a["step"] == 20 and not same(a["model"], torch.load(source / "checkpoint.pt", weights_only=True)["model"])
+    assert a["step"] == 20 and not same(a["model"], torch.load(one / "checkpoint.pt", weights_only=True)["model"])
 
 
-def test_resume_at_another_number_of_processes(two, tmp_path):
-    finished(run("--resume", two / "checkpoint.pt", "--log_dir", tmp_path))
-    whole, resumed = losses(two), losses(tmp_path / "r")
-    assert max(abs(float(loss) - float(whole[key])) for key, loss in resumed.items()) < 1e-4
+def test_two_processes_resume_bit_equal_and_one_goes_on_with_their_checkpoint(two, tmp_path):
+    """The whole run of two wrote its checkpoint at step 12."""
+    result = run("--resume", two, "--log_dir", tmp_path, nproc=2)
+    assert result.returncode == 0, result.stderr
+    expected = {key: loss for key, loss in losses(two).items() if key[1] > 12}
+    assert losses(tmp_path / "r") == expected and len(expected) == 16
+    assert train("--resume", two, "--log_dir", tmp_path / "alone") == 0
+    alone = losses(tmp_path / "alone/r")
+    assert alone.keys() == expected.keys()
+    assert max(abs(float(loss) - float(expected[key])) for key, loss in alone.items()) < 1e-4
+
+
+def test_a_checkpoint_is_exactly_the_state_and_a_new_part_joins_by_one_line(text, tmp_path, monkeypatch):
+    """An average of the weights that a fork adds to the state is saved, restored after priming, and resumed."""
+    class Average:
+        def __init__(self, model):
+            self.model, self.sum = model, 0.0
+
+        def add(self):
+            self.sum += sum(p.detach().double().sum().item() for p in self.model.parameters())
+
+        def state_dict(self):
+            return dict(sum=self.sum)
+
+        def load_state_dict(self, content):
+            self.sum = content["sum"]
+
+    set_up, train_step, averages = train_gpt.set_up, train_gpt.train_step, []
+
+    def forked_set_up(*arguments):
+        state = set_up(*arguments)
+        state.state.parts["average"] = Average(state.model)
+        averages.append(state.state.parts["average"])
+        return state
+
+    def forked_step(state, tokens):
+        train_step(state, tokens)
+        averages[-1].add()
+
+    monkeypatch.setattr(train_gpt, "set_up", forked_set_up)
+    monkeypatch.setattr(train_gpt, "train_step", forked_step)
+    assert train("tiny", *RUN, *text, "--log_dir", tmp_path) == 0
+    saved = torch.load(tmp_path / "r/checkpoint.pt", weights_only=True)
+    assert saved["average"]["sum"] != 0
+    assert train("--resume", tmp_path / "r", "--log_dir", tmp_path / "again") == 0
+    assert averages[0].sum == averages[1].sum
 
 
 @pytest.mark.parametrize("number, nproc", [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
 def test_a_signal_saves_and_a_resume_goes_on(number, nproc, text, tmp_path):
     """Stopped at some step by a signal, all ranks save the same step; resumed in place, the log has no gap."""
     process = subprocess.Popen(
-        command("tiny", *SMALL, *text, "--num_steps", 400, "--log_dir", tmp_path, "--run_id", "r", nproc=nproc),
+        command("tiny", *SMALL, *text, "--num_steps", 300, "--log_dir", tmp_path, "--run_id", "r", nproc=nproc),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
     wait_for(tmp_path, r"^step:5/")
     process.send_signal(number)
@@ -139,57 +151,30 @@ def test_a_signal_saves_and_a_resume_goes_on(number, nproc, text, tmp_path):
         process.send_signal(number)     # as a batch system does, which signals each process of a job
     output, errors = process.communicate(timeout=60)
     assert process.returncode != 0 and (nproc > 1 or process.returncode == 128 + number)
-    step = int(re.search(r"stopped by a signal at step (\d+)/400", output)[1])
-    assert torch.load(tmp_path / "r/checkpoint.pt", weights_only=True)["step"] == step < 400, errors
-    finished(run("--resume", tmp_path / "r", "--log_dir", tmp_path, nproc=nproc))
-    assert sorted(step for kind, step in losses(tmp_path / "r") if kind == "train") == list(range(1, 401))
-
-
-def test_a_second_ctrl_c_exits_at_once(text, tmp_path):
-    """Both signals arrive while the first step still runs, so that only the second can end the process."""
-    options = [*text, "--batch_tokens", 65536 * 4, "--val_tokens", 256, "--prime_steps", 0, "--log_dir", tmp_path]
-    process = subprocess.Popen(
-        command("tiny", *options),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
-    wait_for(tmp_path, r"^priming:")
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) == 128 + signal.SIGINT     # the step takes longer
-    assert not list(tmp_path.glob("*/checkpoint.pt"))
+    step = int(re.search(r"stopped at step (\d+)/300", output)[1])
+    assert torch.load(tmp_path / "r/checkpoint.pt", weights_only=True)["step"] == step < 300, errors
+    assert train("--resume", tmp_path / "r") == 0
+    assert sorted(step for kind, step in losses(tmp_path / "r") if kind == "train") == list(range(1, 301))
 
 
 def test_resume_rejects_what_would_change_the_run(one, text, tmp_path, capsys):
-    result = run("--val_files", text[1], "--resume", one, "--log_dir", tmp_path)
-    assert result.returncode == 2 and "its run read other data" in result.stderr
-    (tmp_path / "checkpoint.pt").write_bytes((one / "checkpoint.pt").read_bytes()[:5000])
-    for name, arguments, message in (
-            (one, ["--lr", "0.5"], "--lr 0.5: would change the run, whose checkpoint has 0.002"),
-            (one, ["small"], "--track small: would change the run"),
-            (tmp_path / "none", [], "no checkpoint there"),
-            (tmp_path / "checkpoint.pt", [], "is damaged, or of another model")):
-        assert train_gpt.main([*arguments, "--resume", str(name), "--log_dir", str(tmp_path)]) == 2
-        assert message in capsys.readouterr().err
-
-
-def test_init_from_takes_the_weights_alone(one, text, tmp_path):
-    """The first loss is that of the weights (against this process), and the schedule and clock start anew."""
-    options = [*SMALL, *text, "--num_steps", 2, "--seed", 9, "--log_dir", tmp_path]
-    result = finished(run("tiny", *options, "--init_from", one, "--run_id", "r"))
-    saved = torch.load(one / "checkpoint.pt", weights_only=True)
-    c = train_gpt.Config(**{**saved["config"], "seed": 9})
-    model = train_gpt.GPT(c)
-    model.load_state_dict(saved["model"])
-    rows = train_gpt.Rows("train_files", c.train_files, c.vocab_size, c.seq_len, 32)
-    tokens = rows.read(rows.shuffled(9, np.arange(16))).to(torch.int64)
-    with torch.no_grad():
-        expected = model(tokens[:, :-1], tokens[:, 1:]).item()
-    assert float(losses(tmp_path / "r")["train", 1]) == pytest.approx(expected, abs=1e-5)
-    assert "step:1/2" in result.stdout
-    result = run("tiny", *SMALL, *text, "--num_layers", 3, "--init_from", one, "--log_dir", tmp_path, "--run_id", "s")
-    assert result.returncode == 2 and "is damaged, or of another model" in result.stderr
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/checkpoint.pt").write_bytes((one / "checkpoint.pt").read_bytes()[:5000])
+    content = torch.load(one / "checkpoint.pt", weights_only=True)
+    (tmp_path / "older").mkdir()
+    torch.save(content | dict(config=content["config"] | dict(gone=1)), tmp_path / "older/checkpoint.pt")
+    for folder, arguments, words in (
+            (one, ["--lr", "0.5"], ["--lr 0.5", "0.002", "leave it out"]),
+            (one, ["small"], ["--track small", "tiny"]),
+            (one, ["--val_files", text[1]], ["--resume", "other data"]),
+            (tmp_path / "none", [], [f"--resume {tmp_path}/none", "checkpoint"]),
+            (tmp_path / "older", [], [f"--resume {tmp_path}/older", "version"]),
+            (tmp_path / "damaged", [], ["checkpoint.pt", "damaged"])):
+        before = sorted(tmp_path.rglob("*"))
+        assert train(*arguments, "--resume", folder, "--log_dir", tmp_path) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("error: ") and all(word in message for word in words), message
+        assert sorted(tmp_path.rglob("*")) == before     # nothing was written
 
 
 def test_log_and_summary(one):
@@ -201,79 +186,168 @@ def test_log_and_summary(one):
     assert re.search(r"^step:12/20 val_loss:\d\.\d+ train_time:\d+ms step_avg:\d+\.\d+ms$", rest, re.M)
     for word in ("versions: python", "hardware: ", "source: sha256", "kernels: ", "lm_head.weight", "data sha256: "):
         assert word in rest
-    summary = json.loads((one / "summary.json").read_text())
-    assert summary["tokens"] == 20 * 512 and summary["mfu"] is None and summary["world_size"] == 1
-    assert summary["tokens_per_second"] == pytest.approx(summary["tokens"] / summary["train_seconds"])
-    assert summary["data_comparable"] is False and "this loss does not compare" in rest
-    assert summary["target_reached"] is (summary["val_loss"] <= summary["target"])
-    for key, value in summary.items():
-        printed = re.search(rf"^{key}: (.*)$", rest, re.M)[1]
-        assert printed == (f"{value:.6g}" if isinstance(value, float) else json.dumps(value).strip('"'))
+    summary = dict(re.findall(r"^(\w+): (.*)$", rest[rest.rindex("\nrun_id: "):], re.M))
+    assert float(summary["val_loss"]) == float(losses(one)["val", 20])
+    assert float(summary["tokens_per_second"]) == pytest.approx(20 * 512 / float(summary["train_seconds"]), rel=0.01)
+    assert summary["target_reached"] == "false" and summary["data_comparable"] == "false"
 
 
-def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(one, text, tmp_path):
+def test_the_data_compares_where_its_hashes_and_tokens_are_the_tracks(one, text, tmp_path):
+    """With the hashes of this data given the loss compares, but not over fewer validation tokens than the track's."""
+    train_sha, val_sha = re.search(r"^data sha256: train (\w+), val (\w+)$", (one / "log.txt").read_text(), re.M).groups()
+    hashes = ["--train_sha256", train_sha, "--val_sha256", val_sha]
+    for options, expected in [(hashes, "false"), (["--val_sha256", ""], "null")]:
+        assert train("tiny", *SMALL, *text, *options, "--num_steps", 2, "--log_dir", tmp_path, "--run_id", expected) == 0
+        assert f"\ndata_comparable: {expected}\n" in (tmp_path / expected / "log.txt").read_text()
+
+
+def test_metrics_of_the_optimizers(one, two):
+    """Every fifth step of the run, the same of one and of two processes."""
+    a, b = ([json.loads(line) for line in re.findall("^metrics: (.*)$", (folder / "log.txt").read_text(), re.M)]
+            for folder in (one, two))
+    assert [line["step"] for line in a] == [line["step"] for line in b] == [5, 10, 15, 20]
+    assert a[1]["parameters"].keys() == b[1]["parameters"].keys() > {"blocks.0.attention.qkv.weight"}
+    for name, figures in a[1]["parameters"].items():
+        assert figures == pytest.approx(b[1]["parameters"][name], rel=0.02, abs=1e-4)
+
+
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(one, text, tmp_path, capsys):
     """A scale that overflows fp32 makes the first loss NaN; weights that overflow it, put into a checkpoint, the first
     loss after a resume, which must leave the checkpoint as it is."""
     options = [*SMALL, *text, "--save_every", 1, "--log_dir", tmp_path, "--run_id", "s"]
-    result = run("tiny", *options, "--attention_scale", 3e38)
-    assert result.returncode == 2 and "error: step 1: the training loss, nan, is not finite" in result.stderr
-    assert "lower --lr, or give --warmup_steps or --grad_clip; none was saved" in result.stderr
-    assert not (tmp_path / "s/checkpoint.pt").exists() and not (tmp_path / "s/summary.json").exists()
+    assert train("tiny", *options, "--attention_scale", 3e38) == 2
+    message = capsys.readouterr().err
+    assert "step 1" in message and "nan" in message and "lower --lr" in message
+    assert not (tmp_path / "s/checkpoint.pt").exists()
     content = torch.load(one / "checkpoint.pt", weights_only=True)
     for name in ("up", "proj"):
         content["model"][f"blocks.0.mlp.{name}.weight"] *= 1e30
     (tmp_path / "r").mkdir()
     torch.save(content, tmp_path / "r/checkpoint.pt")
     before = (tmp_path / "r/checkpoint.pt").read_bytes()
-    result = run("--resume", tmp_path / "r", "--log_dir", tmp_path, "--save_every", 1)
-    assert result.returncode == 2 and "error: step 13: " in result.stderr
-    assert f"the last good checkpoint is in {tmp_path}/r" in result.stderr
+    assert train("--resume", tmp_path / "r", "--save_every", 1) == 2
+    assert "step 13" in capsys.readouterr().err
     assert (tmp_path / "r/checkpoint.pt").read_bytes() == before
 
 
-def test_going_round_the_data_is_said(text, tmp_path):
-    finished(run("tiny", *SMALL, *text, "--num_steps", 60, "--val_every", 0, "--log_dir", tmp_path, "--run_id", "r"))
-    log = (tmp_path / "r/log.txt").read_text()
-    assert "warning: the run goes round the data" in log and "data: epoch 2 has begun, in a new order" in log
+def test_weights_that_are_not_finite_are_not_saved(text, tmp_path, monkeypatch, capsys):
+    """The loss of the step is finite still; the update made a weight infinite."""
+    step = train_gpt.train_step
+
+    def broken(state, tokens):
+        step(state, tokens)
+        if state.state.step == 2:
+            state.model.blocks[0].mlp.up.weight.data[0, 0] = math.inf
+
+    monkeypatch.setattr(train_gpt, "train_step", broken)
+    options = ["--save_every", 1, "--val_every", 0, "--prime_steps", 0, "--log_dir", tmp_path, "--run_id", "r"]
+    assert train("tiny", *SMALL, *text, *options) == 2
+    assert "step 2" in capsys.readouterr().err
+    assert torch.load(tmp_path / "r/checkpoint.pt", weights_only=True)["step"] == 1
 
 
 def test_a_resume_goes_on_in_the_folder_of_its_checkpoint(one, tmp_path):
     shutil.copytree(one, tmp_path / "moved")
-    finished(run("--resume", tmp_path / "moved/checkpoint.pt"))
-    assert len(losses(tmp_path / "moved")) == 40 and "resumed: " in (tmp_path / "moved/log.txt").read_text()
+    assert train("--resume", tmp_path / "moved") == 0
+    assert len(losses(tmp_path / "moved")) == 40
 
 
-def test_the_data_compares_where_its_hashes_and_tokens_are_the_tracks(one, text, tmp_path):
-    """With the hashes of this data given the loss compares, but not over fewer validation tokens than the track's."""
-    known = json.loads((one / "summary.json").read_text())
-    hashes = ["--train_sha256", known["train_sha256"], "--val_sha256", known["val_sha256"]]
-    whole = train_gpt.make_config(dict(track="tiny")).val_tokens
-    assert not known["data_comparable"] and whole != 2048
-    finished(run("tiny", *SMALL, *text, *hashes, "--log_dir", tmp_path, "--run_id", "few"))
-    assert json.loads((tmp_path / "few/summary.json").read_text())["data_comparable"] is False
-    finished(run("tiny", *SMALL, *text, "--val_sha256", "", "--log_dir", tmp_path, "--run_id", "unknown"))
-    assert json.loads((tmp_path / "unknown/summary.json").read_text())["data_comparable"] is None
-
-
-def test_a_run_folder_is_never_overwritten(one, text):
+def test_a_run_folder_is_never_overwritten(one, text, capsys):
     before = (one / "log.txt").read_bytes()
-    result = run("tiny", *RUN, *text, "--log_dir", one.parent)
-    assert result.returncode == 2 and "holds a run; give another name" in result.stderr
+    assert train("tiny", *RUN, *text, "--log_dir", one.parent) == 2
+    assert "--run_id r" in capsys.readouterr().err
     assert (one / "log.txt").read_bytes() == before
 
 
-def test_validation_needs_its_tokens(text, tmp_path):
-    result = run("tiny", *SMALL, *text, "--val_tokens", 2**20, "--log_dir", tmp_path)
-    assert result.returncode == 2 and "give that or less, or more text" in result.stderr
+def test_validation_needs_its_tokens(text, tmp_path, capsys):
+    assert train("tiny", *SMALL, *text, "--val_tokens", 2**20, "--log_dir", tmp_path / "logs") == 2
+    assert f"--val_tokens {2**20}" in capsys.readouterr().err and not (tmp_path / "logs").exists()
 
 
 @pytest.mark.parametrize("optimizer", ["orthogonal_nesterov", "adamw"])
 def test_the_other_matrix_optimizers_learn_and_resume(optimizer, text, tmp_path):
-    finished(run("tiny", *RUN, *text, "--matrix_optimizer", optimizer, "--log_dir", tmp_path))
+    assert train("tiny", *RUN, *text, "--matrix_optimizer", optimizer, "--log_dir", tmp_path) == 0
     whole = losses(tmp_path / "r")
-    finished(run("--resume", tmp_path / "r", "--log_dir", tmp_path / "again"))
+    assert train("--resume", tmp_path / "r", "--log_dir", tmp_path / "again") == 0
     assert losses(tmp_path / "again/r") == {key: loss for key, loss in whole.items() if key[1] > 12}
     assert float(whole["val", 20]) < 5.2
+
+
+def test_bfloat16_follows_float32_and_is_taken_where_the_cpu_has_units(one, text, tmp_path):
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    has_units = "avx512_bf16" in info or "amx_bf16" in info
+    dtype = "auto" if has_units else "bfloat16"
+    assert train("tiny", *RUN, *text, "--dtype", dtype, "--log_dir", tmp_path) == 0
+    for folder, dtype in ((one, "float32"), (tmp_path / "r", "bfloat16")):
+        assert f'"dtype": "{dtype}"' in (folder / "log.txt").read_text()
+    a, b = losses(one), losses(tmp_path / "r")
+    assert 0 < max(abs(float(a[key]) - float(b[key])) for key in a) < 0.02
+
+
+def test_validation_is_a_plain_cross_entropy_whatever_is_trained_on(text, tmp_path, monkeypatch):
+    """A z-loss in the training loss, and a layer that drops out in training alone, do not move the target."""
+    c = train_gpt.make_config(train_gpt.parse_command_line(["tiny", *SMALL, *text, "--log_dir", str(tmp_path)]))
+    with one_thread():
+        state = train_gpt.set_up(c, torch.device("cpu"), {})
+        with torch.no_grad():
+            for p in state.model.parameters():
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)), alpha=0.05)
+        rows = range(c.val_tokens // c.seq_len)
+        plain = train_gpt.evaluate(state, rows)
+
+        def z_loss(x_BTD, targets_BT):
+            logits = state.model.logits(x_BTD)
+            cross_entropy = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets_BT.flatten())
+            return cross_entropy + 0.1 * logits.logsumexp(-1).square().mean()
+
+        hidden = state.model.hidden
+
+        def dropping(tokens):
+            return torch.nn.functional.dropout(hidden(tokens), 0.5, state.model.training)
+
+        monkeypatch.setattr(state.model, "loss", z_loss)
+        monkeypatch.setattr(state.model, "hidden", dropping)
+        tokens = state.val_rows.read(range(4)).to(torch.int64)
+        assert state.model(tokens[:, :-1], tokens[:, 1:]).item() > plain + 0.1
+        assert train_gpt.evaluate(state, rows) == plain and state.model.training
+    # Against float64 sums over single rows.
+    total = 0.0
+    for i in rows:
+        tokens = state.val_rows.read([i]).to(torch.int64)
+        with torch.no_grad():
+            logits = state.model.logits(hidden(tokens[:, :-1])).double()
+        total += torch.nn.functional.cross_entropy(logits[0], tokens[0, 1:], reduction="sum").item()
+    assert plain == pytest.approx(total / c.val_tokens, rel=1e-6)
+
+
+def test_a_new_quantity_is_logged_by_one_entry(text, tmp_path, monkeypatch):
+    """As a fork would add the norm of the gradient: it is printed with the loss, and the readers of logs take it."""
+    from logs import read_log
+    step = train_gpt.train_step
+
+    def with_norm(state, tokens):
+        step(state, tokens)
+        state.unread[-1] = dict(grad_norm=torch.tensor(3.0), **state.unread[-1])
+
+    monkeypatch.setattr(train_gpt, "train_step", with_norm)
+    assert train("tiny", *SMALL, *text, "--num_steps", 3, "--log_dir", tmp_path, "--run_id", "r") == 0
+    assert re.search(r"^step:3/3 grad_norm:3\.0+ train_loss:\S+ train_time:", (tmp_path / "r/log.txt").read_text(), re.M)
+    log = read_log(tmp_path / "r")
+    assert log.losses["train"].keys() == {1, 2, 3} and log.finished
+
+
+GOLDEN = Path(__file__).parent / "golden.json"
+
+
+def test_golden_losses_of_the_preset(text, tmp_path):
+    """The first steps of the track tiny as it is, but for the text, in float32: a change of the recipe changes them.
+    They were recorded on an AMD EPYC with torch 2.13; elsewhere sums may be rounded otherwise."""
+    options = ["--num_steps", 8, "--val_tokens", 4096, "--dtype", "float32", "--log_dir", tmp_path, "--run_id", "r"]
+    assert train("tiny", *text, *options) == 0
+    found = {f"{kind} {step}": float(loss) for (kind, step), loss in losses(tmp_path / "r").items()}
+    if os.environ.get("WRITE_GOLDEN"):
+        GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
+    assert found == pytest.approx(json.loads(GOLDEN.read_text()), abs=2e-5)
 
 
 KILL_SAVERS = """
@@ -286,7 +360,7 @@ for i in range(40):
     if child == 0:
         for step in itertools.count(1):
             weights = torch.full((50_000,), step)
-            train_gpt.save_checkpoint(path, dict(step=step, config=dict(), model=dict(w=weights), optimizers=[]))
+            train_gpt.save_checkpoint(path, dict(step=step, config=dict(), model=dict(w=weights)))
             os.write(writer, b"x")
     os.close(writer)
     done = len(os.read(reader, 1))
@@ -294,7 +368,7 @@ for i in range(40):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     done += len(os.read(reader, 10_000))
-    content = train_gpt.load_checkpoint("resume", str(path))
+    content = train_gpt.load_checkpoint(str(path.parent))
     assert content["step"] in (done, done + 1), (content["step"], done)
     assert (content["model"]["w"] == content["step"]).all()
     print(done)
@@ -313,7 +387,7 @@ def test_sigkill_at_any_moment_of_saving_leaves_a_loadable_checkpoint(tmp_path):
 def test_sigkill_of_a_run_that_saves_each_step(text, tmp_path):
     """The real command, killed at 5 moments and resumed from what it left, ends with the losses of a whole run."""
     options = [*SMALL, *text, "--num_steps", 300, "--save_every", 1, "--log_dir", tmp_path]
-    finished(run("tiny", *options, "--run_id", "whole"))
+    assert run("tiny", *options, "--run_id", "whole").returncode == 0
     start = ["tiny", *options, "--run_id", "r"]
     for i in range(5):
         process = subprocess.Popen(command(*start), stdout=subprocess.DEVNULL, env=environment())
@@ -321,8 +395,8 @@ def test_sigkill_of_a_run_that_saves_each_step(text, tmp_path):
         time.sleep(0.011 * i)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        start = ["--resume", tmp_path / "r", "--log_dir", tmp_path]
-    finished(run(*start))
+        start = ["--resume", tmp_path / "r"]
+    assert run(*start).returncode == 0
     assert losses(tmp_path / "r") == losses(tmp_path / "whole")
 
 
@@ -330,16 +404,22 @@ def test_sigkill_of_a_run_that_saves_each_step(text, tmp_path):
 def test_compiled_equals_eager(text, tmp_path):
     for name in ("on", "off"):
         options = ["--num_steps", 8, "--compile", name, "--log_dir", tmp_path, "--run_id", name]
-        finished(run("tiny", *SMALL, *text, *options))
+        result = run("tiny", *SMALL, *text, *options)
+        assert result.returncode == 0, result.stderr
     a, b = losses(tmp_path / "on"), losses(tmp_path / "off")
-    assert "torch.compile per block" in (tmp_path / "on/log.txt").read_text()
     assert max(abs(float(a[key]) - float(b[key])) for key in b) < 1e-3
 
 
-@pytest.mark.slow
-def test_batch_schedule_on_one_and_two_processes(text, tmp_path):
-    for nproc in (1, 2):
-        finished(run("tiny", *SMALL, *text, "--batch_tokens", "256,512,1024", "--log_dir", tmp_path, "--run_id", nproc,
-                     nproc=nproc))
-    a, b = losses(tmp_path / "1"), losses(tmp_path / "2")
-    assert a.keys() == b.keys() and max(abs(float(a[key]) - float(b[key])) for key in a) < 1e-4
+def test_a_batch_of_any_size_is_averaged(text):
+    """A fork may let the batch grow: parts of unequal size are weighted by their rows."""
+    model = train_gpt.GPT(train_gpt.make_config(dict(track="tiny", dtype="float32", num_layers=1))).initialize()
+    tokens = torch.randint(257, (5, 33), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.lm_head.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for size in (5, 2):
+        loss = train_gpt.accumulate_gradients(model, tokens, size)
+        gradients.append((loss.item(), copy.deepcopy([p.grad for p in model.parameters()])))
+    assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-6)
+    for a, b in zip(gradients[0][1], gradients[1][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
