@@ -67,7 +67,7 @@ def data_here(run: Run) -> dict[str, str]:
     for split, recorded in (("train", run.train_sha256), ("val", run.val_sha256)):
         option = f"{split}_files"
         try:
-            here = train_gpt.Rows(option, config[option], c, tokens[split] // c.seq_len).sha256()
+            here = train_gpt.Rows(option, config[option], c, tokens[split] // c.seq_len).sha256
         except (train_gpt.RunError, OSError) as error:
             wrong[option] = str(error)
         else:

@@ -378,7 +378,7 @@ def test_reproduce_asks_and_refuses(record, again, tmp_path, monkeypatch):
     (beside / source.name).write_text(source.read_text())
     (beside / "log.txt").write_text(re.sub('"train_files": "[^"]*"', '"train_files": "/nowhere/*.bin"', text))
     message = again(beside, "--run", "--yes")[0]
-    assert "/nowhere/*.bin: no row of 32 tokens in these 0 files" in message
+    assert "--train_files /nowhere/*.bin: no row there" in message
     assert "python data/local_text.py makes them" in message
     (beside / "log.txt").write_text(re.sub("(?m)^(data sha256: train ..*, val ).*$", r"\1abc", text))
     assert ", the run's had abc" in again(beside, "--run", "--yes")[0]
@@ -400,7 +400,7 @@ def test_reproduce_knows_the_data_of_older_configs():
     run = next(run for run in map(logs.read_log, LOGS) if isinstance(run.config["batch_tokens"], list))
     assert reproduce.prepare(run.config) == "data/local_text.py"
     run.config.update(train_files="none/*.bin", val_files="none/*.bin")
-    assert all("none/*.bin: no row of" in text for text in reproduce.data_here(run).values())
+    assert all("none/*.bin: no row there" in text for text in reproduce.data_here(run).values())
 
 
 def test_reproduce_judges_by_the_spread_of_the_record(tmp_path, monkeypatch):
