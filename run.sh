@@ -117,6 +117,8 @@ if [ "$gpus" -gt 0 ] || [ -n "${NPROC_PER_NODE:-}${NNODES:-}" ]; then
 else
     launch=("$python")
 fi
+# Idle OpenMP threads sleep soon, for where other programs want the cores (bench/README.md).
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
 "${launch[@]}" train_gpt.py "$@" &
 trainer=$!
 trap 'kill -TERM $trainer' TERM

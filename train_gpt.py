@@ -407,8 +407,7 @@ class Muon(torch.optim.Optimizer):
             what = f"Muon: {name}, {tuple(p.shape)}:"
             equal = parts == 1 or (p.ndim == 2 and p.size(0) % parts == 0)
             require(not hasattr(p, "placements"), f"{what} is a DTensor; give whole tensors")
-            require(p.ndim > 1, f"{what} is no matrix; give it to AdamW")
-            require(p.ndim < 4, f"{what} has {p.ndim} dimensions; flatten it to two")
+            require(1 < p.ndim < 4, f"{what} is no matrix: use AdamW, or flatten it to two")
             require(equal, f"{what} has no {parts} equal parts")
         group.setdefault("initial_lr", group["lr"])
         self.param_groups.append(group)
@@ -438,7 +437,9 @@ class Muon(torch.optim.Optimizer):
         mu, directions = group["momentum"], []
         for p in members:
             g, state = p.grad, self.state[p]
-            v = state.get("momentum_buffer", torch.zeros_like(p)).to(p.dtype)
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            v = state["momentum_buffer"].to(p.dtype)
             v = v.mul_(mu).add_(g) if group["accumulate"] else v.lerp_(g, 1 - mu)
             state["momentum_buffer"] = v.to(group["momentum_dtype"] or p.dtype)
             if group["nesterov"]:
@@ -497,10 +498,10 @@ class Muon(torch.optim.Optimizer):
 
 def make_muon(groups: list, c: Config, update_scale: str, accumulate: bool) -> Muon:
     return Muon(
-        groups, update_scale=update_scale, accumulate=accumulate, beta2=c.normuon_beta2,
-        momentum=c.momentum,
+        groups, momentum=c.momentum, update_scale=update_scale, accumulate=accumulate,
         nesterov=c.nesterov == "on", cautious=c.decay_kind == "cautious",
-        ns_dtype=getattr(torch, c.dtype), momentum_dtype=getattr(torch, c.momentum_dtype))
+        ns_dtype=getattr(torch, c.dtype), momentum_dtype=getattr(torch, c.momentum_dtype),
+        beta2=c.normuon_beta2)
 
 OPTIMIZERS = dict(
     adamw=lambda groups, c: torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True),
@@ -529,8 +530,7 @@ def make_optimizers(model: GPT, c: Config) -> tuple[dict, str]:
         named = [(name, left.pop(name)) for name in fits]
         group = dict(params=named, lr=lr, initial_lr=lr, weight_decay=decay, parts=parts)
         groups.setdefault(optimizer, []).append(group)
-        table += f"\n  {pattern:20} {optimizer}, lr {lr:g}, weight_decay {decay:g}, parts {parts}"
-        table += f": {len(fits)} of {sum(p.numel() for _, p in named):,} numbers"
+        table += f"\n  {pattern:20} {optimizer} for {len(fits)}, lr {lr:g}, decay {decay:g}"
     require(not left, f"parameter {', '.join(left)}: no row of parameter_table fits it; add one")
     return {name: OPTIMIZERS[name](groups[name], c) for name in groups}, table
 
@@ -626,8 +626,8 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
     run.micro_batch = micro_batch_rows(c, sizes[0], device)
     run.train_rows = Rows("train_files", c.train_files, c, run.starts[-1])
     run.val_rows = Rows("val_files", c.val_files, c, c.val_tokens // c.seq_len)
-    found = run.val_rows.count * c.seq_len
-    require(found >= c.val_tokens, f"--val_tokens {c.val_tokens}: give at most {found}")
+    fits = run.val_rows.count * c.seq_len >= c.val_tokens
+    require(fits, f"--val_tokens {c.val_tokens}: --val_files {c.val_files} has fewer")
     run.sha256 = dict(train=run.train_rows.sha256, val=run.val_rows.sha256)
     same = resumed.get("sha256", run.sha256) == run.sha256
     require(same, f"--resume {c.resume}: its run read other data; give that")
@@ -744,12 +744,6 @@ def save(run) -> None:
     gather(None)     # no rank leaves before the file is whole
     log(run, f"checkpoint: {path} at step {step}/{run.config.num_steps}")
 
-def log_metrics(run) -> None:
-    for optimizer in run.optimizers.values():
-        if hasattr(optimizer, "get_post_step_metrics"):
-            figures = dict(step=run.state.step, parameters=optimizer.get_post_step_metrics())
-            log(run, f"metrics: {json.dumps(figures)}", console=False)
-
 def summarize(run, val_loss: float) -> None:
     c, seconds = run.config, run.state.seconds
     # Other data, or fewer validation tokens than the track's, give another loss.
@@ -782,7 +776,10 @@ def train(c: Config, device: torch.device, resumed: dict) -> int:
         if due or state.step == c.num_steps:
             read_steps(run)     # stops the clock, which counts training alone
             if "metrics" in due:
-                log_metrics(run)
+                matrix = run.optimizers[c.matrix_optimizer]
+                figures = getattr(matrix, "get_post_step_metrics", dict)()
+                text = json.dumps(dict(step=state.step, parameters=figures))
+                log(run, f"metrics: {text}", console=False)
             if "save" in due or run.stopping:
                 save(run)
             if "validate" in due and state.step < c.num_steps:

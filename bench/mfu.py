@@ -36,6 +36,8 @@ def utilisation(run: Run) -> str:
     peak = next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
     if not peak:
         return f"n/a (no peak is known of {run.hardware})"
+    if run.config.get("dtype") == "float32":
+        return "n/a (the peaks are of bfloat16, the run was in float32)"
     if "tokens_per_second" not in run.summary:
         return "n/a (the run has not finished)"
     known = train_gpt.Config.__dataclass_fields__.keys() & run.config.keys()

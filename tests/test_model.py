@@ -1,5 +1,6 @@
 """The model, against float64 references written out here."""
 
+import dataclasses
 import math
 
 import pytest
@@ -103,12 +104,13 @@ def test_a_parameter_without_a_rule_is_named():
 def test_124m_model_takes_a_step():
     """The `small` preset builds and takes one CPU step, on one row cut to 64 tokens."""
     c = train_gpt.make_config(dict(track="small", dtype="float32"))
-    model = train_gpt.GPT(c).initialize()
+    with torch.device("meta"):
+        model = train_gpt.GPT(c)
     assert sum(p.numel() for p in model.blocks.parameters()) == 12 * 12 * 768**2
     assert sum(p.numel() for p in model.parameters()) - model.lm_head.weight.numel() == 123_568_128     # "124M"
-    optimizers, table = train_gpt.make_optimizers(model, c)
-    for group in optimizers["muon"].param_groups:
-        group["ns_steps"] = 1     # of 5, for the time of this test
+    c = dataclasses.replace(c, num_layers=2)     # of 12, for the time of this test
+    model = train_gpt.GPT(c).initialize()
+    optimizers, _ = train_gpt.make_optimizers(model, c)
     tokens = torch.randint(c.vocab_size, (1, 65), generator=torch.Generator().manual_seed(0))
     before = train_gpt.accumulate_gradients(model, tokens, 1)
     assert before.item() == pytest.approx(math.log(50304), abs=1e-3)

@@ -67,10 +67,11 @@ def test_a_cpu_takes_tiny_in_one_process(start):
 @pytest.mark.parametrize("arguments, gpus, launched", [
     ([], "8 80", TORCHRUN + "8 train_gpt.py small"),
     ([], "8 16", TORCHRUN + "1 train_gpt.py tiny"),
-    (["tiny"], "8 80", TORCHRUN + "1 train_gpt.py tiny"),
-    (["--num_steps", "5", "small"], "2 80", TORCHRUN + "2 train_gpt.py --num_steps 5 small"),
     (["--num_steps", "5"], "1 20", TORCHRUN + "1 train_gpt.py small --num_steps 5"),
-    (["small"], "0 0", "train_gpt.py small"),
+    pytest.param(["tiny"], "8 80", TORCHRUN + "1 train_gpt.py tiny", marks=pytest.mark.slow),
+    pytest.param(["--num_steps", "5", "small"], "2 80", TORCHRUN + "2 train_gpt.py --num_steps 5 small",
+                 marks=pytest.mark.slow),
+    pytest.param(["small"], "0 0", "train_gpt.py small", marks=pytest.mark.slow),
 ])
 def test_track_and_processes(start, arguments, gpus, launched):
     status, calls = start(*arguments, gpus=gpus)
@@ -103,8 +104,9 @@ def test_names_of_the_run_and_failure(start):
     assert status == 2 and "plot" not in calls[-1]
 
 
-@pytest.mark.parametrize("arguments", [["large"], ["tiny", "--no_such_field", "1"], ["--lr", "x"], ["--lr", "-1"],
-                                       ["--resume", "nowhere"]])
+@pytest.mark.parametrize("arguments", [
+    ["large"], ["--resume", "nowhere"], pytest.param(["tiny", "--no_such_field", "1"], marks=pytest.mark.slow),
+    pytest.param(["--lr", "x"], marks=pytest.mark.slow), pytest.param(["--lr", "-1"], marks=pytest.mark.slow)])
 def test_a_wrong_command_line_ends_before_anything_is_made(start, arguments):
     assert start(*arguments) == (2, [])
 
