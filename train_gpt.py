@@ -6,8 +6,7 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py small
     python train_gpt.py --resume logs/RUN  # go on from the checkpoint of a run
 
-tiny on one CPU core: 1.2743 nats a byte (1.2639 to 1.2918, n = 5; target 1.30).
-small has not run on a GPU yet. Losses are in nats a token.
+tiny on one CPU core: 1.2743 nats a byte (n = 5; target 1.30). small has not run yet.
 """
 import argparse
 import contextlib
@@ -37,7 +36,7 @@ from torch import nn
 
 
 class RunError(ValueError):
-    """Bad input: the message names the file or option, its value and the remedy."""
+    """Bad input: the message names file or option, value and remedy."""
 
 def require(holds, message: str) -> None:
     if not holds:
@@ -45,60 +44,59 @@ def require(holds, message: str) -> None:
 
 # ==== 1. Config: every knob of a run ==============================================
 # Every field is also an option, for sweeps: --lr 0.003.
-
 @dataclasses.dataclass(frozen=True)
 class Config:
-    track: str = "small"             # a name in TRACKS
+    track: str = "small"  # a name in TRACKS
     # Data
     prepare: str = "data/fineweb.py"  # makes the shards
     train_files: str = "data/fineweb10B/fineweb_train_*.bin"
     val_files: str = "data/fineweb10B/fineweb_val_*.bin"
-    train_sha256: str = ""           # of the data whose losses compare
+    train_sha256: str = ""  # of the data whose losses compare
     val_sha256: str = ""
-    vocab_size: int = 50257          # tokens; the last is end-of-text
-    val_tokens: int = 10 * 2**20     # tokens of a validation
-    target: float = 3.28             # validation loss to reach
+    vocab_size: int = 50257  # tokens; the last is end-of-text
+    val_tokens: int = 10 * 2**20  # tokens of a validation
+    target: float = 3.28  # validation loss to reach, in nats a token
     # Model
-    seq_len: int = 1024              # tokens of a row
-    num_layers: int = 12             # blocks
-    num_heads: int = 6               # attention heads
-    head_dim: int = 128              # channels of a head
-    attention_scale: float = 0.12    # factor of q . k
-    logit_softcap: float = 15.0      # c in c * tanh(logits / c)
-    dtype: str = "auto"              # of activations; auto: by hardware
+    seq_len: int = 1024  # tokens of a row
+    num_layers: int = 12
+    num_heads: int = 6
+    head_dim: int = 128  # channels
+    attention_scale: float = 0.12  # factor of q . k
+    logit_softcap: float = 15.0  # c in c * tanh(logits / c)
+    dtype: str = "auto"  # of activations; auto: by hardware
     # Batch
-    batch_tokens: int = 524_288      # tokens of a step
-    micro_batch: int = 0             # most rows at once in a process (0: auto)
+    batch_tokens: int = 524_288  # tokens of a step
+    micro_batch: int = 0  # most rows at once (0: auto)
     # Optimizers. The rates of other parameters are ratios to lr.
-    lr: float = 0.002                # learning rate of lm_head
-    embed_lr_ratio: float = 150.0    # of the embedding
-    matrix_lr_ratio: float = 0.0     # of matrices (0: update_scale's)
-    matrix_optimizer: str = "muon"   # a name in OPTIMIZERS
-    update_scale: str = "sqrt_ratio"  # of Muon: a name in UPDATE_SCALES
-    momentum: float = 0.95           # of Muon
-    momentum_start: float = 0.85     # at the first step
+    lr: float = 0.002  # learning rate of lm_head
+    embed_lr_ratio: float = 150.0  # of the embedding
+    matrix_lr_ratio: float = 0.0  # of matrices (0: update_scale's)
+    matrix_optimizer: str = "muon"  # a name in OPTIMIZERS
+    update_scale: str = "sqrt_ratio"  # a name in UPDATE_SCALES
+    momentum: float = 0.95  # of Muon
+    momentum_start: float = 0.85  # at the first step
     momentum_warmup_steps: int = 300  # between the two (0: off)
     momentum_dtype: str = "float32"  # of Muon's buffer
-    nesterov: str = "on"             # off: Muon does not look ahead
-    normuon_beta2: float = 0.0       # of NorMuon's second moment (0: off)
+    nesterov: str = "on"  # off: Muon does not look ahead
+    normuon_beta2: float = 0.0  # of NorMuon's second moment (0: off)
     matrix_weight_decay: float = 0.0  # times lr (0: off)
-    decay_kind: str = "plain"        # cautious: only where signs agree
-    adam_weight_decay: float = 0.0   # of the others (0: off)
-    grad_clip: float = 0.0           # largest gradient norm (0: off)
+    decay_kind: str = "plain"  # cautious: only where signs agree
+    adam_weight_decay: float = 0.0  # of the others (0: off)
+    grad_clip: float = 0.0  # largest gradient norm (0: off)
     # Schedule
-    num_steps: int = 4600            # optimizer steps
-    warmup_steps: int = 0            # linear (0: off)
-    cooldown_steps: int = 1800       # linear, at the end (0: off)
+    num_steps: int = 4600
+    warmup_steps: int = 0  # linear (0: off)
+    cooldown_steps: int = 1800  # linear (0: off)
     # Run
-    seed: int = 0                    # of weights and data order
-    val_every: int = 125             # steps (0: at the end only)
-    save_every: int = 0              # steps (0: on a signal only)
-    metrics_every: int = 0           # steps (0: off)
-    resume: str = ""                 # run folder to go on from
-    log_dir: str = "logs"            # folder of the run folders
-    run_id: str = ""                 # ("": track and time)
-    compile: str = "auto"            # auto: on a GPU
-    prime_steps: int = 2             # dummy steps before the clock starts
+    seed: int = 0  # of weights and data order
+    val_every: int = 125  # steps (0: at the end)
+    save_every: int = 0  # steps (0: on a signal)
+    metrics_every: int = 0  # steps (0: off)
+    resume: str = ""  # run folder
+    log_dir: str = "logs"  # of the run folders
+    run_id: str = ""  # ("": track and time)
+    compile: str = "auto"  # auto: on a GPU
+    prime_steps: int = 2  # before the clock starts
     collective_timeout: float = 600.0  # seconds
     model_dim = property(lambda self: self.num_heads * self.head_dim)
     padded_vocab_size = property(lambda self: math.ceil(self.vocab_size / 64) * 64)
@@ -118,13 +116,12 @@ RESUME_MAY_CHANGE = set("""prepare train_files val_files micro_batch val_every s
     metrics_every resume log_dir run_id compile prime_steps collective_timeout""".split())
 
 def parse_command_line(arguments: list[str]) -> dict:
-    # The fields given, such as {"track": "tiny", "num_steps": 50}.
     choices = dict(
         dtype=["auto", "float32", "bfloat16"], momentum_dtype=["float32", "bfloat16"],
-        nesterov=["on", "off"], decay_kind=["plain", "cautious"], update_scale=UPDATE_SCALES,
-        compile=["auto", "on", "off"], matrix_optimizer=OPTIMIZERS)
+        nesterov=["on", "off"], decay_kind=["plain", "cautious"], compile=["auto", "on", "off"],
+        matrix_optimizer=OPTIMIZERS, update_scale=UPDATE_SCALES)
     parser = argparse.ArgumentParser(
-        usage="train_gpt.py TRACK [--field value ...]; --help has the fields",
+        usage="train_gpt.py TRACK [--field value ...], or --help",
         description=__doc__, epilog=inspect.getsource(Config), allow_abbrev=False,
         argument_default=argparse.SUPPRESS, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("track", nargs="?", help=" or ".join(TRACKS))
@@ -142,7 +139,7 @@ def make_config(given: dict, saved: dict | None = None) -> Config:
     else:
         folder = Path(given["resume"]).resolve()
         same = saved.keys() == vars(Config()).keys()
-        require(same, f"--resume {folder}: is of another version; use that train_gpt.py")
+        require(same, f"--resume {folder}: is of another version")
         for name in given.keys() - RESUME_MAY_CHANGE:
             same = given[name] == saved[name]
             require(same, f"--{name} {given[name]}: the run has {saved[name]}; leave it out")
@@ -152,20 +149,19 @@ def make_config(given: dict, saved: dict | None = None) -> Config:
     for name in units | vars(c):
         value, unit = getattr(c, name), units.get(name, 0)
         good = isinstance(value, str) or unit <= value < math.inf
-        require(good, f"--{name} {value}: give a finite number, at least {unit}")
+        require(good, f"--{name} {value}: give at least {unit}")
         require(not unit or value % unit == 0, f"--{name} {value}: give a multiple of {unit}")
     plain = c.run_id == os.path.basename(c.run_id).lstrip(".")
-    require(plain, f"--run_id {c.run_id}: give the plain name of a folder")
+    require(plain, f"--run_id {c.run_id}: give a folder's name")
     return c
 
 # ==== 2. Processes and log ========================================================
-def ranks() -> tuple[int, int]:     # this process's rank, and how many there are
+def ranks() -> tuple[int, int]:  # this rank, and how many there are
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 def gather(value) -> list:
-    # The `value` of every rank, in the order of the ranks.
     values = [value] * ranks()[1]
     if len(values) > 1:
         dist.all_gather_object(values, value)
@@ -176,7 +172,7 @@ def join_ranks(timeout: float) -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"     # gloo carries the Python objects of `gather`
+        backend = "cpu:gloo,cuda:nccl"  # gloo carries the Python objects of `gather`
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
     return device
@@ -189,18 +185,17 @@ def log(run, text: str, console: bool = True) -> None:
             print(text, flush=True)
 
 def has_bf16_units(device: torch.device) -> bool:
-    # Older GPUs, and the CPUs of most laptops, only emulate bfloat16.
+    # Older GPUs and most laptops' CPUs only emulate it; torch 2.11 does not say for a CPU.
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    found = getattr(torch.cpu, "get_capabilities", dict)()     # torch 2.11 has none
+    found = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 def describe_hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{ranks()[1]} x {torch.cuda.get_device_name(device)}"
-    cpu = os.popen("grep -m 1 'model name' /proc/cpuinfo 2>/dev/null").read()
-    name = cpu.partition(": ")[2].strip() or platform.machine()
-    return f"{ranks()[1]} x {torch.get_num_threads()} threads of {name}"
+    cpu = os.popen("grep -m 1 'model name' /proc/cpuinfo 2>/dev/null").read().partition(": ")[2]
+    return f"{ranks()[1]} x {torch.get_num_threads()} threads of {cpu.strip() or 'a CPU'}"
 
 # ==== 3. Data =====================================================================
 # A shard has llm.c's format: a header of 256 int32, which starts with a magic number, a version,
@@ -208,7 +203,7 @@ def describe_hardware(device: torch.device) -> str:
 HEADER_BYTES, MAGIC, VERSION, GPT2_VOCAB_SIZE = 1024, 20240520, 1, 50257
 
 def open_shard(path: str, vocab_size: int) -> np.ndarray:
-    size, remedy = os.path.getsize(path), "delete it and run ./run.sh again"
+    size, remedy = os.path.getsize(path), "delete it, then ./run.sh"
     header = np.fromfile(path, dtype="<i4", count=4).tolist()
     whole = header[:3] == [MAGIC, VERSION, (size - HEADER_BYTES) / 2]
     require(whole, f"{path}: damaged: header {header} in {size} bytes; {remedy}")
@@ -227,7 +222,7 @@ class Rows:
         for path in sorted(glob.glob(pattern)):
             if self.count < max_rows:
                 self.shards.append(open_shard(path, c.vocab_size))
-                self.firsts.append(self.count)     # its first row
+                self.firsts.append(self.count)  # its first row
                 self.count += max(0, len(self.shards[-1]) - 1) // c.seq_len
                 digest.update(Path(path).read_bytes())
         require(self.count, f"--{option} {pattern}: no row there; run {c.prepare}")
@@ -249,13 +244,12 @@ def training_order(count: int, seed: int, positions: range) -> list[int]:
 
 def load_batches(rows: Rows, starts: list[int], seed: int, device, first_step: int = 0):
     # The distributed loader: yields the tokens of this rank, int64 (B, T + 1), step by step.
-    rank, world_size = ranks()
     for step in range(first_step, len(starts) - 1):
-        share = (starts[step + 1] - starts[step]) // world_size
-        first = starts[step] + rank * share
+        share = (starts[step + 1] - starts[step]) // ranks()[1]
+        first = starts[step] + ranks()[0] * share
         tokens = rows.read(training_order(rows.count, seed, range(first, first + share)))
         if device.type == "cuda":
-            tokens = tokens.pin_memory()     # so that the host need not wait for the copy
+            tokens = tokens.pin_memory()  # the host need not wait
         yield tokens.to(device, non_blocking=True).to(torch.int64)
 
 # ==== 4. Model ====================================================================
@@ -272,10 +266,9 @@ class Linear(nn.Linear):
 
 def rotary_tables(seq_len: int, head_dim: int, device):
     # (cos, sin) of the angles position * 10000^(-2i/K), float32 (T, 1, K/2).
-    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    positions = torch.arange(seq_len, device=device)
-    angles = torch.outer(positions, 10_000.0 ** -exponents)[:, None, :]
-    return angles.cos(), angles.sin()
+    exponents = torch.arange(0, head_dim, 2, device=device) / head_dim
+    angles = torch.outer(torch.arange(seq_len, device=device), 10_000.0 ** -exponents)
+    return angles.cos()[:, None], angles.sin()[:, None]
 
 def rotate(x_BTHK, cos, sin):
     # Rotary positions (Su et al. 2021, arXiv:2104.09864): turns channels i and i + K/2.
@@ -287,7 +280,7 @@ class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.num_heads, self.scale = c.num_heads, c.attention_scale
-        self.qkv = Linear(c.model_dim, 3 * c.model_dim, bias=False)     # rows of Q, K, V
+        self.qkv = Linear(c.model_dim, 3 * c.model_dim, bias=False)  # rows of Q, K, V
         self.proj = Linear(c.model_dim, c.model_dim, bias=False)
     def forward(self, x_BTD, cos, sin):
         q, k, v = self.qkv(x_BTD).unflatten(2, (3, self.num_heads, -1)).unbind(2)
@@ -308,10 +301,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.attention = Attention(c)
-        self.mlp = MLP(c)
-    def forward(self, x_BTD, cos, sin):
-        x_BTD = x_BTD + self.attention(norm(x_BTD), cos, sin)
+        self.attention, self.mlp = Attention(c), MLP(c)
+    def forward(self, x_BTD, *others):
+        x_BTD = x_BTD + self.attention(norm(x_BTD), *others)
         return x_BTD + self.mlp(norm(x_BTD))
 
 class GPT(nn.Module):
@@ -328,9 +320,9 @@ class GPT(nn.Module):
         stds = dict(embed=1.0, lm_head=0.0, proj=0.0, qkv=std, up=std)
         generator = torch.Generator().manual_seed(self.config.seed)
         for name, p in self.named_parameters():
-            layer = name.removesuffix(".weight").split(".")[-1]
-            require(layer in stds, f"parameter {name}: no rule of GPT.initialize fits it; add one")
-            nn.init.normal_(p, 0.0, stds[layer], generator)
+            fits = [stds[layer] for layer in stds if name.endswith(f"{layer}.weight")]
+            require(fits, f"parameter {name}: add it to GPT.initialize")
+            nn.init.normal_(p, 0.0, fits[0], generator)
         return self
     def hidden(self, tokens_BT):
         x_BTD = norm(self.embed(tokens_BT).to(getattr(torch, self.config.dtype)))
@@ -349,21 +341,20 @@ class GPT(nn.Module):
 # ==== 5. Optimizers and the parameter table =======================================
 # The scale of an orthogonal m x n update, and the ratio of its learning rate to AdamW's.
 UPDATE_SCALES = {
-    "sqrt_ratio": (lambda m, n: max(1, m / n) ** 0.5, 10.0),        # Jordan et al. 2024
-    "sqrt_max": (lambda m, n: max(m, n) ** 0.5, 0.1),               # as first published
+    "sqrt_ratio": (lambda m, n: max(1, m / n) ** 0.5, 10.0),  # Jordan et al. 2024
+    "sqrt_max": (lambda m, n: max(m, n) ** 0.5, 0.1),  # as first published
     "match_rms_adamw": (lambda m, n: 0.2 * max(m, n) ** 0.5, 1.0),  # arXiv:2502.16982
-    "none": (lambda m, n: 1.0, 10.0)}                               # OrthogonalNesterov
+    "none": (lambda m, n: 1.0, 10.0)}  # OrthogonalNesterov
 
 def orthogonalize(G_kmn: torch.Tensor, steps: int, dtype: torch.dtype | None = None):
     # Newton-Schulz in `dtype` (Jordan et al. 2024). Brings the singular values of matrices with
     # m <= n to about [0.7, 1.2], except those below 0.003 of the Frobenius norm.
-    a, b, c = 3.4445, -4.7750, 2.0315
     size = G_kmn.norm(dim=(-2, -1), keepdim=True)
     X = (G_kmn / size.clamp_min(1e-20)).to(dtype or G_kmn.dtype)
     for _ in range(steps):
         A = X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
-        X = torch.baddbmm(X, B, X, beta=a)
+        B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
+        X = torch.baddbmm(X, B, X, beta=3.4445)
     return X
 
 class Muon(torch.optim.Optimizer):
@@ -372,66 +363,57 @@ class Muon(torch.optim.Optimizer):
         v <- mu v + (1 - mu) g;   u <- orthogonalize((1 - mu) g + mu v)
         W <- (1 - lr weight_decay) W - lr scale(m, n) u
 
-    (Jordan et al. 2024, kellerjordan.github.io/posts/muon). A parameter is a matrix m x n,
-    `parts` of them one above the other, such as a fused QKV, or a bank (k, m, n); flatten the
-    filters of a convolution first. Not for embeddings, the output layer, gains and biases.
-    Any setting may stand in a group. The gradients must be the same on all ranks.
+    (Jordan et al. 2024, kellerjordan.github.io/posts/muon). A parameter is a matrix, `parts`
+    of them one above the other (a fused QKV), or a bank (k, m, n); flatten filters. Not for
+    embeddings, the output layer, gains, biases. All ranks must have the same gradients.
     """
     SETTINGS = dict(
         lr=0.02, momentum=0.95, weight_decay=0.0, parts=1, update_scale="sqrt_ratio",
-        nesterov=True,        # False: u of v alone
-        accumulate=False,     # True: v <- mu v + g, u of g + mu v (OrthogonalNesterov)
-        cautious=False,       # True: decay by lr (lr / initial_lr), where u, W agree in sign
+        # Without nesterov, u is of v alone. accumulate: v <- mu v + g, and u of g + mu v, as in
+        # OrthogonalNesterov. cautious: decay by lr (lr / initial_lr), where u, W agree in sign.
+        nesterov=True, accumulate=False, cautious=False,
         # NorMuon (Li et al. 2025, arXiv:2510.05491): divides each row of u (if m < n, unlike the
         # paper, each column) by its running RMS, and keeps the norm of u. 0: off.
         beta2=0.0, ns_steps=5, ns_dtype=None, momentum_dtype=None)
-    orthogonalize = staticmethod(orthogonalize)     # set_up may compile it
-
+    orthogonalize = staticmethod(orthogonalize)  # set_up may compile it
     def __init__(self, params, **settings):
         super().__init__(params, self.SETTINGS | settings)
-
     def add_param_group(self, group: dict) -> None:
         super().add_param_group(group)
-        group = self.param_groups.pop()     # a bad group does not stay
+        group = self.param_groups.pop()  # a bad group does not stay
         unknown = group.keys() - self.SETTINGS - {"params", "param_names", "initial_lr"}
         require(not unknown, f"Muon: {unknown}: give only {[*self.SETTINGS]}")
-        parts = group["parts"]
         limits = dict(lr=math.inf, weight_decay=math.inf, momentum=1, beta2=1)
         good = {name: 0 <= group[name] < limit for name, limit in limits.items()}
-        good |= dict(parts=parts >= 1, ns_steps=group["ns_steps"] >= 1,
+        good |= dict(parts=group["parts"] >= 1, ns_steps=group["ns_steps"] >= 1,
                      update_scale=group["update_scale"] in UPDATE_SCALES)
         for name, holds in good.items():
             require(holds, f"Muon: {name} {group[name]}: give, say, {self.SETTINGS[name]}")
         names = group.get("param_names", ["a parameter"] * len(group["params"]))
         for name, p in zip(names, group["params"], strict=True):
             what = f"Muon: {name}, {tuple(p.shape)}:"
-            equal = parts == 1 or (p.ndim == 2 and p.size(0) % parts == 0)
-            require(not hasattr(p, "placements"), f"{what} is a DTensor; give whole tensors")
-            require(1 < p.ndim < 4, f"{what} is no matrix: use AdamW, or flatten it to two")
-            require(equal, f"{what} has no {parts} equal parts")
+            equal = group["parts"] == 1 or (p.ndim == 2 and p.size(0) % group["parts"] == 0)
+            require(not hasattr(p, "placements"), f"{what} is a DTensor; give it whole")
+            require(1 < p.ndim < 4, f"{what} is no matrix: use AdamW or flatten to two")
+            require(equal, f"{what} has no {group['parts']} equal parts")
         group.setdefault("initial_lr", group["lr"])
         self.param_groups.append(group)
-
     def wide(self, x: torch.Tensor, group: dict) -> torch.Tensor:
         # A view of x as matrices (k, m, n), transposed where m >= n.
-        if x.ndim == 2:
-            x = x.unflatten(0, (group["parts"], -1))
+        x = x.unflatten(-2, (group["parts"], -1)).flatten(0, -3)
         return x.mT if x.size(1) >= x.size(2) else x
-
     @torch.no_grad()
     def step(self, closure=None):
         with torch.enable_grad():
             loss = closure() if closure else None
-        self.last_updates = {}     # {parameter: (u (k, m, n), its factor)}
+        self.last_updates = {}  # {parameter: (u (k, m, n), its factor)}
         for group in self.param_groups:
-            shapes = {}     # {shape: parameters}
-            for p in group["params"]:
-                if p.grad is not None:
-                    shapes.setdefault((p.shape, p.dtype), []).append(p)
+            shapes = {}  # {shape: parameters}
+            for p in [p for p in group["params"] if p.grad is not None]:
+                shapes.setdefault((p.shape, p.dtype), []).append(p)
             for members in shapes.values():
                 self.update(group, members)
         return loss
-
     def update(self, group: dict, members: list) -> None:
         # The momentum of parameters of one shape.
         mu, directions = group["momentum"], []
@@ -452,7 +434,7 @@ class Muon(torch.optim.Optimizer):
         U[mine] = self.orthogonalize(G[mine], group["ns_steps"], group["ns_dtype"])
         if ranks()[1] > 1:
             dist.all_reduce(U)
-        if group["beta2"]:     # the rows of a tall matrix are columns here
+        if group["beta2"]:  # the rows of a tall matrix are columns here
             means = U.square().mean(1, keepdim=True, dtype=p.dtype)
             for p, mean in zip(members, means.chunk(len(members)), strict=True):
                 moment = self.state[p].setdefault("second_moment", torch.zeros_like(mean))
@@ -462,8 +444,8 @@ class Muon(torch.optim.Optimizer):
             size = even.norm(dim=(1, 2), keepdim=True).clamp_min(1e-10)
             U = (even * (U.norm(dim=(1, 2), keepdim=True) / size)).to(U.dtype)
         lr, decay = group["lr"], group["lr"] * group["weight_decay"]
-        scale = UPDATE_SCALES[group["update_scale"]][0]
-        factor = lr * scale(p.size(-2) / group["parts"], p.size(-1))
+        m, n = p.size(-2) / group["parts"], p.size(-1)
+        factor = lr * UPDATE_SCALES[group["update_scale"]][0](m, n)
         for p, u in zip(members, U.chunk(len(members)), strict=True):
             W = self.wide(p, group)
             if decay and group["cautious"]:
@@ -472,7 +454,6 @@ class Muon(torch.optim.Optimizer):
                 W.sub_(W, alpha=decay)
             W.add_(u, alpha=-factor)
             self.last_updates[p] = u, factor
-
     @torch.no_grad()
     def get_post_step_metrics(self) -> dict:
         # {parameter: {figure: value}}, the update being without decay.
@@ -480,28 +461,25 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             names = group.get("param_names", range(len(group["params"])))
             for name, p in zip(names, group["params"], strict=True):
-                if p not in self.last_updates:
-                    continue
-                u, factor = self.last_updates[p]
-                S = torch.linalg.svdvals(u.float().nan_to_num())
-                metrics[name] = dict(
-                    gradient=p.grad.norm().item(), weight=p.norm().item(),
-                    update=factor * u.norm().item(), least_singular=S.min().item(),
-                    largest_singular=S.max().item(),
-                    orthogonality_error=(S.square() - 1).square().mean().sqrt().item())
+                if p in self.last_updates:
+                    u, factor = self.last_updates[p]
+                    S = torch.linalg.svdvals(u.float().nan_to_num())
+                    metrics[name] = dict(
+                        gradient=p.grad.norm().item(), weight=p.norm().item(),
+                        update=factor * u.norm().item(), least_singular=S.min().item(),
+                        largest_singular=S.max().item(),
+                        orthogonality_error=(S.square() - 1).square().mean().sqrt().item())
         return metrics
-
     def load_state_dict(self, state_dict: dict) -> None:
-        known = all(self.SETTINGS.keys() <= group.keys() for group in state_dict["param_groups"])
+        known = all(self.SETTINGS.keys() <= g.keys() for g in state_dict["param_groups"])
         require(known, "Muon: the state is of another optimizer; start without it")
         super().load_state_dict(state_dict)
 
 def make_muon(groups: list, c: Config, update_scale: str, accumulate: bool) -> Muon:
-    return Muon(
-        groups, momentum=c.momentum, update_scale=update_scale, accumulate=accumulate,
-        nesterov=c.nesterov == "on", cautious=c.decay_kind == "cautious",
-        ns_dtype=getattr(torch, c.dtype), momentum_dtype=getattr(torch, c.momentum_dtype),
-        beta2=c.normuon_beta2)
+    return Muon(groups, momentum=c.momentum, beta2=c.normuon_beta2, accumulate=accumulate,
+                update_scale=update_scale, cautious=c.decay_kind == "cautious",
+                nesterov=c.nesterov == "on", ns_dtype=getattr(torch, c.dtype),
+                momentum_dtype=getattr(torch, c.momentum_dtype))
 
 OPTIMIZERS = dict(
     adamw=lambda groups, c: torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True),
@@ -509,14 +487,15 @@ OPTIMIZERS = dict(
     orthogonal_nesterov=lambda groups, c: make_muon(groups, c, "none", accumulate=True))
 
 def parameter_table(c: Config) -> list[tuple]:
-    # A parameter belongs to the first row whose pattern fits its name.
-    matrix, decay, adam_decay = c.matrix_optimizer, c.matrix_weight_decay, c.adam_weight_decay
+    # Rows of pattern, optimizer, learning rate, weight decay and parts; the first whose pattern
+    # fits the name of a parameter has it. OrthogonalNesterov took QKV as one matrix.
+    matrix, decay = c.matrix_optimizer, c.matrix_weight_decay
     ratios = dict(muon=UPDATE_SCALES[c.update_scale][1], orthogonal_nesterov=10.0)
     matrix_lr = c.lr * (c.matrix_lr_ratio or ratios.get(matrix, 1.0))
-    parts = dict(muon=3).get(matrix, 1)     # OrthogonalNesterov took QKV as one matrix
-    return [     # pattern, optimizer, learning rate, weight decay, parts
-        ("lm_head.weight", "adamw", c.lr, adam_decay, 1),
-        ("embed.weight", "adamw", c.lr * c.embed_lr_ratio, adam_decay, 1),
+    parts = dict(muon=3).get(matrix, 1)
+    return [
+        ("lm_head.weight", "adamw", c.lr, c.adam_weight_decay, 1),
+        ("*embed.weight", "adamw", c.lr * c.embed_lr_ratio, c.adam_weight_decay, 1),
         ("blocks.*.qkv.weight", matrix, matrix_lr, decay, parts),
         ("blocks.*.weight", matrix, matrix_lr, decay, 1)]
 
@@ -531,7 +510,7 @@ def make_optimizers(model: GPT, c: Config) -> tuple[dict, str]:
         group = dict(params=named, lr=lr, initial_lr=lr, weight_decay=decay, parts=parts)
         groups.setdefault(optimizer, []).append(group)
         table += f"\n  {pattern:20} {optimizer} for {len(fits)}, lr {lr:g}, decay {decay:g}"
-    require(not left, f"parameter {', '.join(left)}: no row of parameter_table fits it; add one")
+    require(not left, f"parameter {', '.join(left)}: add a row to parameter_table")
     return {name: OPTIMIZERS[name](groups[name], c) for name in groups}, table
 
 # ==== 6. Schedules: functions of the step, 0 for the first ========================
@@ -579,9 +558,8 @@ def evaluate(run, rows: range) -> float:
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     for start in range(0, len(mine), size):
         tokens = run.val_rows.read(mine[start:start + size]).to(run.device, torch.int64)
-        targets = tokens[:, 1:]
-        loss = run.validation_loss(model, model.hidden(tokens[:, :-1]), targets)
-        total += loss.double() * targets.numel()
+        loss = run.validation_loss(model, model.hidden(tokens[:, :-1]), tokens[:, 1:])
+        total += loss.double() * tokens[:, 1:].numel()
     model.train()
     return sum(gather(total.item())) / (len(rows) * run.config.seq_len)
 
@@ -612,7 +590,7 @@ def load_checkpoint(folder: str) -> dict:
     path = Path(folder, "checkpoint.pt")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:     # torch.load raises many types if a file is damaged
+    except Exception as error:  # torch.load raises many types if a file is damaged
         raise RunError(f"--resume {path}: {error}; give the folder of a run") from None
 
 # ==== 9. The run ==================================================================
@@ -662,17 +640,15 @@ def log_header(run) -> None:
     git = f"git -C '{file.parent}' describe --always --abbrev=40 --exclude='*' --dirty"
     git = os.popen(f"{git} 2>/dev/null || echo none").read().strip()
     log(run, source + "=" * 100, console=False)
-    log(run, f"run folder: {run.folder}")
-    log(run, f"config: {json.dumps(vars(c))}", console=False)
-    log(run, f"""host: {platform.node()}
+    log(run, f"""run folder: {run.folder}
+host: {platform.node()}
 data sha256: train {run.sha256["train"]}, val {run.sha256["val"]}
 source: sha256 {hashlib.sha256(source.encode()).hexdigest()}, git {git}
 versions: python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}
 hardware: {describe_hardware(run.device)}
 kernels: attention torch SDPA; {c.dtype}; torch.compile {run.compiled}
-batch: {run.starts[1]} rows of {c.seq_len} tokens; a process runs {run.micro_batch} at once
-data: {epochs:.2f} epochs; text that is seen again teaches less than new text
-parameters:{run.table}""")
+data: {run.starts[1]} rows a step, {run.micro_batch} at once; {epochs:.2f} epochs{run.table}""")
+    log(run, f"config: {json.dumps(vars(c))}", console=False)
 
 def prime(run, start: dict) -> None:
     # Compiles, and warms up on random tokens, before the clock starts. Leaves no trace.
@@ -683,7 +659,7 @@ def prime(run, start: dict) -> None:
     run.unread.clear()
     run.state.load_state_dict(start)
     run.prime_seconds = time.perf_counter() - clock
-    log(run, f"priming: {run.prime_seconds:.1f} s before the clock starts")
+    log(run, f"priming: {run.prime_seconds:.1f} s, not in the clock")
 
 def accumulate_gradients(model: nn.Module, tokens, micro_batch: int) -> torch.Tensor:
     parts, total = tokens.split(micro_batch), 0.0
@@ -698,28 +674,26 @@ def accumulate_gradients(model: nn.Module, tokens, micro_batch: int) -> torch.Te
     return total
 
 def train_step(run, tokens: torch.Tensor) -> None:
-    c, state = run.config, run.state
     loss = accumulate_gradients(run.ddp, tokens, run.micro_batch)
-    set_schedules(run.optimizers, c, state.step)
-    if c.grad_clip:
-        nn.utils.clip_grad_norm_(run.model.parameters(), c.grad_clip)
+    set_schedules(run.optimizers, run.config, run.state.step)
+    if run.config.grad_clip:
+        nn.utils.clip_grad_norm_(run.model.parameters(), run.config.grad_clip)
     for optimizer in run.optimizers.values():
         optimizer.step()
     # What is logged of the step, each as its mean over the ranks.
     run.unread.append(dict(train_loss=loss))
-    state.step += 1
+    run.state.step += 1
 
 def read_steps(run) -> None:
     # Logs the steps since the last call. Only here does the host wait for a GPU.
-    state, names = run.state, run.unread[0]
     values = torch.stack([torch.stack([*step.values()]) for step in run.unread]).tolist()
     everyone = gather((values, len(run.signals)))
     run.stopping = any(signals for _, signals in everyone)
     means = torch.tensor([values for values, _ in everyone]).div(len(everyone)).sum(0)
     now = time.perf_counter()
-    for step, row in enumerate(means.tolist(), state.step - len(means) + 1):
-        state.seconds += (now - run.clock) / len(means)
-        pairs = " ".join(f"{name}:{x:.6f}" for name, x in zip(names, row, strict=True))
+    for step, row in enumerate(means.tolist(), run.state.step - len(means) + 1):
+        run.state.seconds += (now - run.clock) / len(means)
+        pairs = " ".join(f"{k}:{x:.6f}" for k, x in zip(run.unread[0], row, strict=True))
         log_step(run, step, pairs, console=step <= 10 or step % 10 == 0)
         require(math.isfinite(sum(row)), f"step {step}: {pairs}: not finite; lower --lr")
     run.clock, run.unread = now, []
@@ -741,15 +715,14 @@ def save(run) -> None:
     if ranks()[0] == 0:
         content = dict(config=vars(run.config), sha256=run.sha256)
         save_checkpoint(path, content | run.state.state_dict())
-    gather(None)     # no rank leaves before the file is whole
+    gather(None)  # no rank leaves before the file is whole
     log(run, f"checkpoint: {path} at step {step}/{run.config.num_steps}")
 
 def summarize(run, val_loss: float) -> None:
     c, seconds = run.config, run.state.seconds
     # Other data, or fewer validation tokens than the track's, give another loss.
-    known = c.train_sha256 and c.val_sha256
-    there = [c.train_sha256, c.val_sha256, TRACKS[c.track].get("val_tokens", Config.val_tokens)]
-    comparable = [*run.sha256.values(), c.val_tokens] == there if known else None
+    there = [c.train_sha256, c.val_sha256, Config(**TRACKS[c.track]).val_tokens]
+    comparable = [*run.sha256.values(), c.val_tokens] == there if all(there) else None
     log(run, f"""run_id: {c.run_id}
 val_loss: {val_loss:.6f}
 target: {c.target}
@@ -774,19 +747,18 @@ def train(c: Config, device: torch.device, resumed: dict) -> int:
         train_step(run, next(loader))
         due = [name for name in every if every[name] and state.step % every[name] == 0]
         if due or state.step == c.num_steps:
-            read_steps(run)     # stops the clock, which counts training alone
+            read_steps(run)  # stops the clock, which counts training alone
             if "metrics" in due:
-                matrix = run.optimizers[c.matrix_optimizer]
-                figures = getattr(matrix, "get_post_step_metrics", dict)()
-                text = json.dumps(dict(step=state.step, parameters=figures))
-                log(run, f"metrics: {text}", console=False)
+                get = getattr(run.optimizers[c.matrix_optimizer], "get_post_step_metrics", dict)
+                figures = dict(step=state.step, parameters=get())
+                log(run, f"metrics: {json.dumps(figures)}", console=False)
             if "save" in due or run.stopping:
                 save(run)
             if "validate" in due and state.step < c.num_steps:
                 validate(run)
             run.clock = time.perf_counter()
     if state.step < c.num_steps:
-        log(run, f"stopped at step {state.step}/{c.num_steps}; --resume {run.folder} goes on")
+        log(run, f"stopped at step {state.step}/{c.num_steps}; --resume {run.folder}")
         return 128 + (run.signals or [signal.SIGTERM])[0]
     summarize(run, validate(run))
     return 0
@@ -801,8 +773,8 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RuntimeError:
-        print("error: another rank died, or took more than --collective_timeout?", file=sys.stderr)
+        print("error: another rank died, or passed --collective_timeout?", file=sys.stderr)
         raise
 
 if __name__ == "__main__":
-    os._exit(main(sys.argv[1:]))     # skips finalizers, in which gloo's threads may abort
+    os._exit(main(sys.argv[1:]))  # without finalizers, in which gloo may abort
