@@ -187,7 +187,7 @@ def test_the_sample_output_in_the_readme_is_of_the_log():
 
 def test_the_session_in_the_readme_is_of_the_logs():
     """Its lines of runs, and what compare.py says of them."""
-    record = ROOT / "records" / "tiny" / "2026-11-23_tweak_session"
+    record = ROOT / "records" / "tiny" / "2026-11-25_tweak_session"
     runs = {run.name: run for run in map(logs.read_log, record.glob("*/log.txt"))}
     lines = re.findall(r"^(\d\d_[AB]_seed\d)  loss (\S+)  (\S+) s(?:  B/A (\S+))?$", session(), re.M)
     assert [line[0] for line in lines] == leaderboard.read_plan(record)["runs"]
