@@ -89,7 +89,7 @@ class Config:
     cooldown_steps: int = 1800  # linear (0: off)
     # Run
     seed: int = 0  # of weights and data order
-    val_every: int = 125  # steps (0: at the end)
+    val_every: int = 125  # steps (0: at end)
     save_every: int = 0  # steps (0: on a signal)
     metrics_every: int = 0  # steps (0: off)
     resume: str = ""  # run folder
@@ -655,11 +655,11 @@ def prime(run, start: dict) -> None:
     c, clock, rows = run.config, time.perf_counter(), 2 * run.micro_batch
     for _ in range(c.prime_steps):
         train_step(run, torch.randint(c.vocab_size, (rows, c.seq_len + 1)).to(run.device))
-        evaluate(run, range(run.micro_batch * ranks()[1]))
+        evaluate(run, range(run.val_rows.count)[:run.micro_batch * ranks()[1]])
     run.unread.clear()
     run.state.load_state_dict(start)
     run.prime_seconds = time.perf_counter() - clock
-    log(run, f"priming: {run.prime_seconds:.1f} s, not in the clock")
+    log(run, f"priming: {run.prime_seconds:.1f} s")
 
 def accumulate_gradients(model: nn.Module, tokens, micro_batch: int) -> torch.Tensor:
     parts, total = tokens.split(micro_batch), 0.0
@@ -773,7 +773,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        hint = "did another rank die, or pass --collective_timeout?"
+        hint = "did another rank die or pass --collective_timeout?"
         raise RuntimeError(f"rank {ranks()[0]} of {ranks()[1]}: {hint}") from error
 
 if __name__ == "__main__":

@@ -260,6 +260,13 @@ def test_a_run_folder_is_never_overwritten(one, text, capsys):
     assert (one / "log.txt").read_bytes() == before
 
 
+def test_a_validation_set_smaller_than_a_micro_batch(text, tmp_path):
+    """Priming takes no more rows than there are: 2 of 256 here, where 4 would run at once."""
+    options = ["--train_files", text[1], "--val_files", text[1].replace("train_*", "train_000001"),
+               "--seq_len", 2048, "--batch_tokens", 8192, "--micro_batch", 4, "--val_tokens", 2048]
+    assert train("tiny", *SMALL, *options, "--num_steps", 1, "--log_dir", tmp_path, "--run_id", "r") == 0
+
+
 def test_validation_needs_its_tokens(text, tmp_path, capsys):
     assert train("tiny", *SMALL, *text, "--val_tokens", 2**20, "--log_dir", tmp_path / "logs") == 2
     assert f"--val_tokens {2**20}" in capsys.readouterr().err and not (tmp_path / "logs").exists()
