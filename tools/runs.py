@@ -1,0 +1,355 @@
+"""Training runs, as all programs in tools/ see them: read, found, grouped, kept.
+
+A run is read from its log, or from a record that keeps it.
+
+- A log of train_gpt.py is its source, a line of 100 '=', facts such as `config: {json}`, `step:` lines and a summary of
+  `key: value` lines. A resumed run goes on in the same file, and writes source and facts again.
+- A log of modded-nanogpt is its source, a line of 100 '=', versions and nvidia-smi, and `step:` lines.
+- A `step:` line is `step:N/M key:value ...` in any order; train_loss or val_loss counts, with train_time, in s or ms.
+- A record is a folder with runs.json, the facts of its runs, and curves.json.gz, their losses. The sources stand once
+  for all records in records/sources, under the first 12 digits of their sha256.
+
+Logs come from strangers. What a name, a number or a source may be is checked here, where a log is read, and control
+characters, which a terminal would obey, are replaced.
+"""
+
+import dataclasses
+import functools
+import gzip
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+ROOT = Path(__file__).resolve().parent.parent
+DIVIDER = "=" * 100 + "\n"
+THEN = " then "                     # joins the values of a fact that a resume changed
+STEP = re.compile(r"^step:(\d+)/(\d+) (.*)\n", re.MULTILINE)    # a line that a kill cut off does not count
+NAME = re.compile(r"\w[\w.-]*")     # of a track, a run or a record: what may become a path
+MOST_STEPS = 10**8
+CURVE_POINTS = 80                   # of a training loss that a record keeps
+# Fields of Config that change neither the result nor its time, so that runs of one setting may differ in them.
+RUNS_OWN = {"seed", "prepare", "train_files", "val_files", "log_dir", "run_id", "resume", "val_every", "save_every",
+            "metrics_every", "optimizer_metrics_every", "prime_steps", "collective_timeout"}
+
+
+class LogError(Exception):
+    """A log or record that cannot be used; the message names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of a run; None where its log does not say.
+
+    Where a resume changed a fact, it holds both values, joined by THEN, so that it equals no other run's.
+    """
+    path: Path                      # the log, or RECORD/NAME of a run that a record keeps
+    name: str
+    kind: str                       # "train_gpt.py" or "modded-nanogpt"
+    source_sha256: str | None       # of the whole program, checked wherever `source` is there
+    git: str | None                 # commit, with '-dirty' where the files differed from it
+    config: dict                    # {} in a log of modded-nanogpt
+    versions: str | None            # python, torch, cuda and platform
+    hardware: str | None            # such as "8 x NVIDIA A100-SXM4-80GB"
+    host: str | None
+    train_sha256: str | None        # of the data that were read
+    val_sha256: str | None
+    num_steps: int                  # planned length
+    resumed: bool
+    summary: dict                   # {} where the run did not finish
+    recipe: str = ""                # its name on a leaderboard
+    losses: dict = field(default_factory=dict, repr=False)      # {"train" or "val": {step: (seconds, loss)}}
+    source: str | None = field(default=None, repr=False)
+
+    @property
+    def folder(self) -> Path:
+        """The folder that holds the run beside others: an experiment of ab.py, a record, or any folder of logs."""
+        path = self.path.absolute()
+        return path.parent.parent if path.name == "log.txt" else path.parent
+
+    @property
+    def block(self) -> str | None:
+        """Number of the block in an experiment of ab.py, such as 03 of 03_A_seed4."""
+        return self.name.split("_")[0] if self.side else None
+
+    @property
+    def side(self) -> str | None:
+        """Letter of the variant in an experiment of ab.py, such as A of 03_A_seed4."""
+        match = re.fullmatch(r"\d+_([A-Z])_.*", self.name)
+        return match[1] if match else None
+
+    @property
+    def finished(self) -> bool:
+        return self.num_steps in self.losses["val"]
+
+    @property
+    def final(self) -> tuple[float, float]:
+        """(seconds of training, validation loss) at the last step of a finished run."""
+        return self.losses["val"][self.num_steps]
+
+    @property
+    def torch(self) -> str | None:
+        match = re.search(r"torch ([^,\s]+)", self.versions or "")
+        return match[1] if match else None
+
+    @property
+    def world_size(self) -> int | None:
+        match = re.match(r"\d+(?= x )", self.hardware or "")
+        return int(match[0]) if match else None
+
+
+def printable(text: str) -> str:
+    """Returns the text with '?' for control characters other than line ends and tabs."""
+    return re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", "?", text)
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# Logs.
+
+def read_log(path: Path) -> Run:
+    """Reads a log, or the log.txt of a run folder; raises LogError where it is no log, or damaged."""
+    path = path / "log.txt" if path.is_dir() else path
+    shown = printable(str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+        return train_gpt_run(path, text) or modded_run(path, text)
+    except FileNotFoundError:
+        raise LogError(f"{shown} does not exist; give the folder or log of a run") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise LogError(f"{shown} cannot be read ({error}); give the folder or log of a run") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = printable(str(error))[:200]
+        raise LogError(f"{shown} is no log of a run, or damaged ({reason}); leave it out") from None
+
+
+def train_gpt_run(path: Path, text: str) -> Run | None:
+    """Returns the run of a log of train_gpt.py; None where the text is none; raises ValueError and the like."""
+    # Several starts where the run was resumed. With "{" the words stand in a source.
+    source, *starts = re.split(r"^run folder: (?!\{)", text, flags=re.MULTILINE)
+    configs = re.findall(r"^config: (\{.*)$", "".join(starts), re.MULTILINE)
+    if not configs:
+        return None
+    config = checked_config(json.loads(printable(configs[-1])))
+    tail = printable(starts[-1]).rpartition("\nrun_id: ")
+    summary = read_summary("run_id: " + tail[2]) if tail[1] else {}
+    # The facts stand before the first step; a summary, or a resume's source, may hold lines that look like them.
+    facts = printable("\n".join(re.split(r"\nstep:|\n#!|\nrun_id: ", start)[0] for start in starts))
+
+    stated = fact(r"^source: sha256 ([0-9a-f]{64})\b", facts)
+    source = source.removesuffix(DIVIDER) if source.endswith(DIVIDER) and stated else None
+    if source is not None and sha256(source) != stated.split(THEN)[0]:
+        raise ValueError(f"the source in it is not the one that ran, of sha256 {stated}")
+    return Run(
+        path, name_of(path), "train_gpt.py", stated, fact(r"^source: sha256 \w+, git (\S+)$", facts), config,
+        fact(r"^versions: (.*)$", facts), fact(r"^hardware: (.*)$", facts), fact(r"^host: (.*)$", facts),
+        fact(r"^data sha256: train (\w+)", facts), fact(r"^data sha256: .*\bval (\w+)$", facts),
+        config["num_steps"], len(starts) > 1, summary, losses=read_losses(text)[0], source=source)
+
+
+def modded_run(path: Path, text: str) -> Run:
+    """Returns the run of a log of modded-nanogpt; raises ValueError where the text is none."""
+    source, divider, body = text.partition(DIVIDER)
+    losses, num_steps = read_losses(body)
+    if not divider or not losses["val"]:
+        raise ValueError("it has no source with validation losses below it")
+    body = printable(body)
+    hardware = re.search(r"^Running on device_name=(.*) with world_size=(\d+)$", body, re.MULTILINE)
+    gpus = re.findall(r"^\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|", body, re.MULTILINE)     # rows of nvidia-smi
+    named = f"{hardware[2]} x {hardware[1]}" if hardware else f"{len(gpus)} x {gpus[0]}" if gpus else None
+    return Run(path, name_of(path), "modded-nanogpt", sha256(source), None, {},
+               fact(r"(?i)^Running (pytorch .*)$", body), named, None, None, None, num_steps, False, {},
+               losses=losses, source=source)
+
+
+def name_of(path: Path) -> str:
+    return printable(path.absolute().parent.name if path.name == "log.txt" else path.stem)
+
+
+def checked_config(config: dict) -> dict:
+    """Returns the Config of a log; raises ValueError where it has values that no run can have."""
+    if not NAME.fullmatch(config["track"]):
+        raise ValueError(f"track {config['track']!r}: may hold letters, digits, '_', '-' and '.'")
+    for name in config:
+        if not name.isidentifier():
+            raise ValueError(f"config: {name!r} names no field")
+    if isinstance(config.get("batch_tokens"), list):     # older logs hold a list of stages
+        stages = set(config["batch_tokens"])
+        if len(stages) != 1:
+            raise ValueError("batch_tokens in several stages, which only train_gpt.py before 2026-11-25 had")
+        config["batch_tokens"] = stages.pop()
+    for name, most in dict(num_steps=MOST_STEPS, batch_tokens=2**40, seed=2**64).items():
+        value = config[name]
+        if type(value) is not int or not 0 <= value <= most:
+            raise ValueError(f"{name} {str(value)[:40]}: must be a whole number of at most {most:,}")
+    config["target"] = float(config["target"])
+    return config
+
+
+def fact(pattern: str, text: str) -> str | None:
+    """Returns the value on the lines that match: one, or where a resume changed it, all in their order."""
+    return THEN.join(dict.fromkeys(re.findall(pattern, text, re.MULTILINE))) or None
+
+
+def read_summary(text: str) -> dict:
+    """Returns the `key: value` lines as a dict; values that are JSON, as what they mean."""
+    summary = {}
+    for key, value in re.findall(r"^(\w+): (.*)$", text, re.MULTILINE):
+        try:
+            summary[key] = json.loads(value)
+        except json.JSONDecodeError:
+            summary[key] = value
+    return summary
+
+
+def read_losses(text: str) -> tuple[dict, int]:
+    """Returns (losses as in Run, planned steps); of two lines of a step, as after a resume, the later one counts."""
+    losses, num_steps = {"train": {}, "val": {}}, 0
+    for step, planned, pairs in STEP.findall(text):
+        values = dict(pair.split(":", 1) for pair in pairs.split() if ":" in pair)
+        for kind in losses:
+            if f"{kind}_loss" in values and "train_time" in values:
+                number, unit = re.fullmatch(r"(.*?)(m?s)?", values["train_time"]).groups()
+                seconds = float(number) / (1000 if unit == "ms" else 1)
+                losses[kind][int(step)] = (seconds, float(values[f"{kind}_loss"]))
+                num_steps = int(planned)
+    if num_steps > MOST_STEPS:
+        raise ValueError(f"{num_steps} steps: at most {MOST_STEPS:,}")
+    return losses, num_steps
+
+
+# Records.
+
+def facts_of(run: Run) -> dict:
+    """Returns all of a run but its path, its losses and its source, which stand elsewhere."""
+    return {name: value for name, value in vars(run).items() if name not in ("path", "losses", "source")}
+
+
+def thinned(run: Run) -> dict:
+    """Returns {"train" or "val": [[step, seconds, loss], ...]}: of training, each loss the mean since the one before."""
+    points, waiting = [], []
+    every = max(1, run.num_steps // CURVE_POINTS)
+    for step, (seconds, loss) in sorted(run.losses["train"].items()):
+        waiting.append(loss)
+        if step % every == 0 or step == max(run.losses["train"]):
+            points.append([step, round(seconds, 3), round(fmean(waiting), 5)])
+            waiting = []
+    return dict(train=points, val=[[step, *pair] for step, pair in sorted(run.losses["val"].items())])
+
+
+def write_record(folder: Path, runs: list[Run]) -> None:
+    """Writes runs.json and curves.json.gz into the folder; sources are for records/sources."""
+    all_facts = [facts_of(run) for run in runs]
+    common = {name: value for name, value in all_facts[0].items() if all(facts[name] == value for facts in all_facts)}
+    config = {name: value for name, value in runs[0].config.items()
+              if all(name in run.config and run.config[name] == value for run in runs)}
+    common["config"] = config
+    lines = []
+    for facts in all_facts:
+        own = {name: value for name, value in facts.items() if name not in common}
+        own["config"] = {name: value for name, value in facts["config"].items() if name not in config}
+        lines.append(json.dumps(own))
+    text = f'{{"common": {json.dumps(common, indent=1)},\n"runs": [\n' + ",\n".join(lines) + "\n]}\n"
+    (folder / "runs.json").write_text(text, encoding="utf-8")
+    curves = json.dumps({run.name: thinned(run) for run in runs}, separators=(",", ":"))
+    (folder / "curves.json.gz").write_bytes(gzip.compress(curves.encode(), mtime=0))
+
+
+def read_record(folder: Path) -> list[Run]:
+    """Reads the runs that a record keeps, with its sources where they are there; raises LogError."""
+    try:
+        kept = json.loads((folder / "runs.json").read_text(encoding="utf-8"))
+        curves = {}
+        if (folder / "curves.json.gz").exists():
+            curves = json.loads(gzip.decompress((folder / "curves.json.gz").read_bytes()))
+        runs = []
+        for own in kept["runs"]:
+            facts = {**kept["common"], **own}
+            facts["config"] = checked_config({**kept["common"]["config"], **own["config"]})
+            if not NAME.fullmatch(facts["name"]):
+                raise ValueError(f"a run is named {facts['name']!r}")
+            losses = {kind: {step: (seconds, loss) for step, seconds, loss in points}
+                      for kind, points in curves[facts["name"]].items()}
+            source = kept_source(folder.absolute().parent.parent, facts["source_sha256"])
+            runs.append(Run(path=folder / facts["name"], losses=losses, source=source, **facts))
+        return runs
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise LogError(f"{folder} holds no whole record ({printable(str(error))[:200]}); restore it: git checkout "
+                       f"{folder}") from None
+
+
+@functools.cache
+def kept_source(records: Path, stated: str | None) -> str | None:
+    """Returns the source from records/sources; None where it is not there; raises LogError where it was edited."""
+    path = records / "sources" / f"{(stated or '-')[:12]}.py"
+    if not path.exists():
+        return None
+    source = path.read_text(encoding="utf-8")
+    if sha256(source) != stated.split(THEN)[0]:
+        raise LogError(f"{path} is not the source that ran, of sha256 {stated}; restore it: git checkout {path}")
+    return source
+
+
+# Finding and grouping.
+
+def find_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:
+    """Returns (runs, what is wrong with logs that are left out).
+
+    A path is a log, a run folder, a record, RECORD/NAME, or a folder of any of these; of an experiment, runs that were
+    put aside do not count. Raises LogError where a path holds no log at all, or no log of several can be read.
+    """
+    runs, bad = [], []
+    for path in map(Path, paths):
+        if (path.parent / "runs.json").exists() and not path.exists():
+            kept = [run for run in read_record(path.parent) if run.name == path.name]
+            if not kept:
+                raise LogError(f"{path.parent} keeps no run {printable(path.name)}; its runs.json names those it keeps")
+            runs += kept
+            continue
+        found = sorted(record.parent for record in path.rglob("runs.json")) if path.is_dir() else []
+        logs = [path]
+        if path.is_dir():
+            logs = [log for log in sorted(path.rglob("log.txt")) if "aside" not in log.relative_to(path).parts]
+            logs = logs or sorted(path.glob("*.txt"))
+        if not found and not logs:
+            raise LogError(f"{printable(str(path))} holds no log of a run; give a run folder, a log, a record, or a "
+                           "folder of these")
+        for record in found:
+            runs += read_record(record)
+        for log in [] if found else logs:
+            try:
+                runs.append(read_log(log))
+            except LogError as error:
+                bad.append(str(error))
+    if not runs:
+        raise LogError("\n".join(bad))
+    return runs, bad
+
+
+def setting(run: Run) -> dict[str, str]:
+    """Returns what the runs of one variant have in common: {field of Config, num_steps or source: value as text}."""
+    fields = {name: json.dumps(value) for name, value in run.config.items() if name not in RUNS_OWN}
+    return {**fields, "num_steps": str(run.num_steps), "source": str(run.source_sha256)[:12]}
+
+
+def changed(settings: list[dict[str, str]]) -> str:
+    """Returns the fields in which the settings differ, with their values, in words."""
+    fields = dict.fromkeys(name for fields in settings for name in fields)
+    values = {name: list(dict.fromkeys(fields.get(name, "none") for fields in settings)) for name in fields}
+    return "; ".join(f"{name} {' -> '.join(values[name])}" for name in fields if len(values[name]) > 1)
+
+
+def group(runs: list[Run]) -> list[list[Run]]:
+    """Groups runs of one setting, in the order of their first runs."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(tuple(setting(run).items()), []).append(run)
+    return list(groups.values())
+
+
+def named(run: Run, recipe: str) -> Run:
+    return dataclasses.replace(run, recipe=recipe)
