@@ -230,7 +230,7 @@ def facts_of(run: Run) -> dict:
 
 
 def thinned(run: Run) -> dict:
-    """Returns {"train" or "val": [[step, seconds, loss], ...]}: of training, each loss the mean since the one before."""
+    """Returns {"train" or "val": [[step, seconds, loss], ...]}; a training loss is the mean since the one before."""
     points, waiting = [], []
     every = max(1, run.num_steps // CURVE_POINTS)
     for step, (seconds, loss) in sorted(run.losses["train"].items()):
