@@ -154,7 +154,7 @@ def check_beside(runs: list[Run]) -> list[str]:
     for folder in sorted({run.folder for run in runs}):
         plan = read_plan(folder) or dict(runs=[])
         record = (folder / "runs.json").exists()
-        beside = [folder] if record else [*folder.glob("*/log.txt"), *folder.glob("*.txt")]
+        beside = [folder] if record else [*folder.glob("*/log.txt"), *folder.glob("*.txt"), runs[0].path]
         for other in find_runs(beside)[0]:
             new = other.path.resolve() not in given and other.name not in plan["runs"]
             if new and setting(other) in settings:
@@ -167,7 +167,6 @@ def check(variants: dict[str, list[Run]], metric: str) -> tuple[list[str], list[
     voids, warnings, unknown = [], [], []
     runs = [run for members in variants.values() for run in members]
     facts = {
-        "trainer": lambda run: run.kind,
         "hardware": lambda run: run.hardware,
         "torch": lambda run: run.torch,
         "training data (sha256)": lambda run: run.train_sha256,
@@ -253,8 +252,6 @@ def compare(a: list[Run], b: list[Run], metric: str, alpha: float = 0.05, candid
         if not runs:
             raise LogError(f"{letter} has no finished run (given: {names(variants[letter]) or 'none'}); give runs that "
                            "trained to their last step")
-        if metric == "time_to_target" and "target" not in runs[0].config:
-            raise LogError(f"{runs[0].path}: this log names no target; compare by final_loss or loss_at_time")
     voids, warnings = check(variants, metric)
     more_voids, more_warnings = check_plan(a + b, metric, alpha)
     voids += more_voids

@@ -2,31 +2,31 @@
 
 A run is read from its log, or from a record that keeps it.
 
-- A log of train_gpt.py is its source, a line of 100 '=', facts such as `config: {json}`, `step:` lines and a summary of
-  `key: value` lines. A resumed run goes on in the same file, and writes source and facts again.
-- A log of modded-nanogpt is its source, a line of 100 '=', versions and nvidia-smi, and `step:` lines.
-- A `step:` line is `step:N/M key:value ...` in any order; train_loss or val_loss counts, with train_time, in s or ms.
-- A record is a folder with runs.json, the facts of its runs, and curves.json.gz, their losses. The sources stand once
-  for all records in records/sources, under the first 12 digits of their sha256.
+A log of train_gpt.py is its source, a line of 100 '=', facts such as `config: {json}`, lines `step:N/M key:value ...`
+and a summary of `key: value` lines. A resumed run goes on in the same file, and writes source and facts again.
+
+A record (tools/keep.py makes it) is a folder with runs.json, the facts of its runs, and curves.json.gz, their losses.
+The sources stand once for all records in records/sources, under the first 12 digits of their sha256.
 
 Logs come from strangers. What a name, a number or a source may be is checked here, where a log is read, and control
 characters, which a terminal would obey, are replaced.
 """
 
-import dataclasses
 import functools
 import gzip
 import hashlib
 import json
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))          # so that any program here can import train_gpt
 DIVIDER = "=" * 100 + "\n"
 THEN = " then "                     # joins the values of a fact that a resume changed
-STEP = re.compile(r"^step:(\d+)/(\d+) (.*)\n", re.MULTILINE)    # a line that a kill cut off does not count
+STEP = re.compile(r"^step:(\d+)/\d+ (.*)\n", re.MULTILINE)    # a line that a kill cut off does not count
 NAME = re.compile(r"\w[\w.-]*")     # of a track, a run or a record: what may become a path
 MOST_STEPS = 10**8
 CURVE_POINTS = 80                   # of a training loss that a record keeps
@@ -47,10 +47,9 @@ class Run:
     """
     path: Path                      # the log, or RECORD/NAME of a run that a record keeps
     name: str
-    kind: str                       # "train_gpt.py" or "modded-nanogpt"
     source_sha256: str | None       # of the whole program, checked wherever `source` is there
     git: str | None                 # commit, with '-dirty' where the files differed from it
-    config: dict                    # {} in a log of modded-nanogpt
+    config: dict
     versions: str | None            # python, torch, cuda and platform
     hardware: str | None            # such as "8 x NVIDIA A100-SXM4-80GB"
     host: str | None
@@ -117,7 +116,7 @@ def read_log(path: Path) -> Run:
     shown = printable(str(path))
     try:
         text = path.read_text(encoding="utf-8")
-        return train_gpt_run(path, text) or modded_run(path, text)
+        return parse_log(path, text)
     except FileNotFoundError:
         raise LogError(f"{shown} does not exist; give the folder or log of a run") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -127,13 +126,13 @@ def read_log(path: Path) -> Run:
         raise LogError(f"{shown} is no log of a run, or damaged ({reason}); leave it out") from None
 
 
-def train_gpt_run(path: Path, text: str) -> Run | None:
-    """Returns the run of a log of train_gpt.py; None where the text is none; raises ValueError and the like."""
+def parse_log(path: Path, text: str) -> Run:
+    """Returns the run of a log; raises ValueError and the like where the text is none, or damaged."""
     # Several starts where the run was resumed. With "{" the words stand in a source.
     source, *starts = re.split(r"^run folder: (?!\{)", text, flags=re.MULTILINE)
     configs = re.findall(r"^config: (\{.*)$", "".join(starts), re.MULTILINE)
     if not configs:
-        return None
+        raise ValueError("it has no line `config:`")
     config = checked_config(json.loads(printable(configs[-1])))
     tail = printable(starts[-1]).rpartition("\nrun_id: ")
     summary = read_summary("run_id: " + tail[2]) if tail[1] else {}
@@ -145,25 +144,10 @@ def train_gpt_run(path: Path, text: str) -> Run | None:
     if source is not None and sha256(source) != stated.split(THEN)[0]:
         raise ValueError(f"the source in it is not the one that ran, of sha256 {stated}")
     return Run(
-        path, name_of(path), "train_gpt.py", stated, fact(r"^source: sha256 \w+, git (\S+)$", facts), config,
+        path, name_of(path), stated, fact(r"^source: sha256 \w+, git (\S+)$", facts), config,
         fact(r"^versions: (.*)$", facts), fact(r"^hardware: (.*)$", facts), fact(r"^host: (.*)$", facts),
         fact(r"^data sha256: train (\w+)", facts), fact(r"^data sha256: .*\bval (\w+)$", facts),
-        config["num_steps"], len(starts) > 1, summary, losses=read_losses(text)[0], source=source)
-
-
-def modded_run(path: Path, text: str) -> Run:
-    """Returns the run of a log of modded-nanogpt; raises ValueError where the text is none."""
-    source, divider, body = text.partition(DIVIDER)
-    losses, num_steps = read_losses(body)
-    if not divider or not losses["val"]:
-        raise ValueError("it has no source with validation losses below it")
-    body = printable(body)
-    hardware = re.search(r"^Running on device_name=(.*) with world_size=(\d+)$", body, re.MULTILINE)
-    gpus = re.findall(r"^\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|", body, re.MULTILINE)     # rows of nvidia-smi
-    named = f"{hardware[2]} x {hardware[1]}" if hardware else f"{len(gpus)} x {gpus[0]}" if gpus else None
-    return Run(path, name_of(path), "modded-nanogpt", sha256(source), None, {},
-               fact(r"(?i)^Running (pytorch .*)$", body), named, None, None, None, num_steps, False, {},
-               losses=losses, source=source)
+        config["num_steps"], len(starts) > 1, summary, losses=read_losses(text), source=source)
 
 
 def name_of(path: Path) -> str:
@@ -206,20 +190,17 @@ def read_summary(text: str) -> dict:
     return summary
 
 
-def read_losses(text: str) -> tuple[dict, int]:
-    """Returns (losses as in Run, planned steps); of two lines of a step, as after a resume, the later one counts."""
-    losses, num_steps = {"train": {}, "val": {}}, 0
-    for step, planned, pairs in STEP.findall(text):
+def read_losses(text: str) -> dict:
+    """Returns the losses as in Run; of two lines of a step, as after a resume, the later one counts."""
+    losses = {"train": {}, "val": {}}
+    for step, pairs in STEP.findall(text):
         values = dict(pair.split(":", 1) for pair in pairs.split() if ":" in pair)
         for kind in losses:
             if f"{kind}_loss" in values and "train_time" in values:
-                number, unit = re.fullmatch(r"(.*?)(m?s)?", values["train_time"]).groups()
-                seconds = float(number) / (1000 if unit == "ms" else 1)
+                time = values["train_time"]
+                seconds = float(time[:-2]) / 1000 if time.endswith("ms") else float(time.removesuffix("s"))
                 losses[kind][int(step)] = (seconds, float(values[f"{kind}_loss"]))
-                num_steps = int(planned)
-    if num_steps > MOST_STEPS:
-        raise ValueError(f"{num_steps} steps: at most {MOST_STEPS:,}")
-    return losses, num_steps
+    return losses
 
 
 # Records.
@@ -349,7 +330,3 @@ def group(runs: list[Run]) -> list[list[Run]]:
     for run in runs:
         groups.setdefault(tuple(setting(run).items()), []).append(run)
     return list(groups.values())
-
-
-def named(run: Run, recipe: str) -> Run:
-    return dataclasses.replace(run, recipe=recipe)
