@@ -6,8 +6,8 @@
 
 A table stands between a marker, alone on its line, and the line <!-- end -->:
     <!-- leaderboard TRACK [ROWS] -->     recipes with a place, by time within their hardware; ROWS: the first few
-    <!-- record RECORD [FIELD ...] -->    variants of a record; with FIELDs of Config, for each of their values only
-                                          the variant of lowest loss
+    <!-- record RECORD [FIELD ... show FIELD ...] -->     variants of a record; with FIELDs of Config, only the one of
+                                          lowest loss for each of their values, with the fields to show
 
 A recipe is a source and its Config, the seed aside. It holds a place with 5 or more finished runs of different seeds on
 one kind of machine, on the track's data and target, whose mean final loss is below the target at p < 0.01 (one-sided
@@ -123,8 +123,9 @@ def leaderboard(root: Path, here: Path, track: str, most: str = "") -> list[str]
     return table(rows[:int(most or len(rows))]) if rows else [f"No recipe holds a place on {track} yet."]
 
 
-def record(root: Path, here: Path, name: str, *fields: str) -> list[str]:
-    folder = root / "records" / name
+def record(root: Path, here: Path, name: str, *words: str) -> list[str]:
+    folder, fields = root / "records" / name, [word for word in words if word != "show"]
+    keys = words[:words.index("show")] if fields else ()
     variants, plan, rows = group(read_record(folder)), read_plan(folder), []
     if plan:
         variants.sort(key=lambda runs: runs[0].side)
@@ -133,13 +134,13 @@ def record(root: Path, here: Path, name: str, *fields: str) -> list[str]:
     if fields:
         values = {}
         for runs in variants:
-            values.setdefault(tuple(str(runs[0].config.get(field)) for field in fields), []).append(runs)
-        shown = [min(tried, key=lambda runs: fmean(finals(runs, 1) or [99])) for tried in values.values()]
+            values.setdefault(tuple(runs[0].config.get(key) for key in keys), []).append(runs)
+        shown = [min(tried, key=lambda runs: fmean(finals(runs, 1) or [99])) for _, tried in sorted(values.items())]
     for runs in shown:
         config, done = runs[0].config, finals(runs, 1)
         stopped = f" and {len(runs) - len(done)} stopped" if len(done) < len(runs) else ""
-        row = {"variant": title(runs)}
-        if not plan or not runs[0].recipe:
+        row = {} if fields else {"variant": title(runs)}
+        if not fields and not (plan and runs[0].recipe):
             row["change"] = change_of(runs, first, os.path.relpath(folder, here))
         row.update({field: config.get(field) for field in fields})
         row.update(n=f"{len(done)}{stopped}", steps=runs[0].num_steps, loss=plus_minus(done, 4),

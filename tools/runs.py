@@ -255,7 +255,7 @@ def read_record(folder: Path) -> list[Run]:
                 raise ValueError(f"a run is named {facts['name']!r}")
             losses = {kind: {step: (seconds, loss) for step, seconds, loss in points}
                       for kind, points in curves[facts["name"]].items()}
-            source = kept_source(folder.absolute().parent.parent, facts["source_sha256"])
+            source = kept_source(folder.absolute(), facts["source_sha256"])
             runs.append(Run(path=folder / facts["name"], losses=losses, source=source, **facts))
         return runs
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -264,24 +264,36 @@ def read_record(folder: Path) -> list[Run]:
 
 
 @functools.cache
-def kept_source(records: Path, stated: str | None) -> str | None:
-    """Returns the source from records/sources; None where it is not there; raises LogError where it was edited."""
-    path = records / "sources" / f"{(stated or '-')[:12]}.py"
-    if not path.exists():
-        return None
-    source = path.read_text(encoding="utf-8")
-    if sha256(source) != stated.split(THEN)[0]:
-        raise LogError(f"{path} is not the source that ran, of sha256 {stated}; restore it: git checkout {path}")
-    return source
+def kept_source(folder: Path, stated: str | None) -> str | None:
+    """Returns the source from the folder `sources` above the record; None where it is not kept; raises LogError where
+    it was edited."""
+    for path in (above / "sources" / f"{str(stated)[:12]}.py" for above in folder.parents):
+        if path.exists():
+            source = path.read_text(encoding="utf-8")
+            if sha256(source) != stated.split(THEN)[0]:
+                raise LogError(f"{path} was edited: its sha256 is not {stated}; restore it: git checkout {path}")
+            return source
+    return None
 
 
 # Finding and grouping.
 
+def logs_of(path: Path) -> list[Path]:
+    """Returns the logs below a folder, without those that an experiment put aside; of a file, itself."""
+    if not path.is_dir():
+        return [path]
+    logs = [log for log in sorted(path.rglob("log.txt")) if "aside" not in log.relative_to(path).parts]
+    logs = logs or sorted(path.glob("*.txt"))
+    if not logs:
+        raise LogError(f"{printable(str(path))} holds no log of a run; give a run folder, a log, or a record")
+    return logs
+
+
 def find_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:
     """Returns (runs, what is wrong with logs that are left out).
 
-    A path is a log, a run folder, a record, RECORD/NAME, or a folder of any of these; of an experiment, runs that were
-    put aside do not count. Raises LogError where a path holds no log at all, or no log of several can be read.
+    A path is a log, a run folder, a folder of these, a record, or RECORD/NAME. Raises LogError where a path holds no
+    log at all, or where no log can be read.
     """
     runs, bad = [], []
     for path in map(Path, paths):
@@ -290,22 +302,14 @@ def find_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:
             if not kept:
                 raise LogError(f"{path.parent} keeps no run {printable(path.name)}; its runs.json names those it keeps")
             runs += kept
-            continue
-        found = sorted(record.parent for record in path.rglob("runs.json")) if path.is_dir() else []
-        logs = [path]
-        if path.is_dir():
-            logs = [log for log in sorted(path.rglob("log.txt")) if "aside" not in log.relative_to(path).parts]
-            logs = logs or sorted(path.glob("*.txt"))
-        if not found and not logs:
-            raise LogError(f"{printable(str(path))} holds no log of a run; give a run folder, a log, a record, or a "
-                           "folder of these")
-        for record in found:
-            runs += read_record(record)
-        for log in [] if found else logs:
-            try:
-                runs.append(read_log(log))
-            except LogError as error:
-                bad.append(str(error))
+        elif (path / "runs.json").exists():
+            runs += read_record(path)
+        else:
+            for log in logs_of(path):
+                try:
+                    runs.append(read_log(log))
+                except LogError as error:
+                    bad.append(str(error))
     if not runs:
         raise LogError("\n".join(bad))
     return runs, bad

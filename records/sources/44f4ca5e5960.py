@@ -1,0 +1,998 @@
+#!/usr/bin/env python3
+"""Train a GPT to a target validation loss, as fast as the machine allows, in one file that can be read in an evening.
+
+    ./run.sh                                        # environment, data, training and plot, on whatever is here
+    python train_gpt.py tiny --num_steps 50         # one process: a CPU or one GPU
+    torchrun --standalone --nproc_per_node=8 train_gpt.py small
+    python train_gpt.py --resume logs/RUN           # go on from the checkpoint of a run
+    python train_gpt.py --help                      # every field of Config
+
+Sections: 1 Config and tracks | 2 processes, log and clock | 3 data | 4 model | 5 optimizers and the parameter table |
+6 schedules | 7 evaluation | 8 checkpoints | 9 main: set-up, priming, loop, summary.
+
+Shape suffixes: B rows of a micro-batch, R rows of a rank's batch, T tokens of a row, D model_dim, H num_heads,
+K head_dim, V padded vocabulary; m x n any matrix. Losses are nats a token, times are seconds unless named ms.
+"""
+
+import argparse
+import bisect
+import dataclasses
+import datetime
+import difflib
+import glob
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+
+class RunError(Exception):
+    """Bad input, or a run that cannot go on: the message names the file or option, the value and the remedy."""
+
+
+# ======== 1. Config and tracks: every tunable of a run. A tweak is a diff of this file; `--name value` serves sweeps. =
+
+FREE = True     # marks a knob that a resume may change
+
+def knob(tiny, small, meaning: str, free: bool = False):
+    """A row of Config: its value on each track (`...`: as on tiny), what it means, and whether it is FREE."""
+    small = tiny if small is ... else small
+    return dataclasses.field(default=tiny, metadata=dict(small=small, meaning=meaning, free=free))
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # field                        tiny      small      meaning (unit; what turns it off)
+    track: Literal["tiny", "small"] = knob("tiny", "small", "preset of all other values")
+    # Data
+    train_files: str        = knob("data/tiny/train_*.bin", "data/fineweb10B/fineweb_train_*.bin", "shards", FREE)
+    val_files: str          = knob("data/tiny/val_*.bin",   "data/fineweb10B/fineweb_val_*.bin",   "shards", FREE)
+    train_sha256: str       = knob("8c50fa9a10abf3fef5d6cd34ceedb667a62d72251aba450c66b02e151bbedac6", "",
+                                   "of the training shards whose loss compares ('' = any)")
+    val_sha256: str         = knob("709ddb7c9af041164ff67d6e516132236f9070f4f3d20eb9f4b26582240e3e11", "",
+                                   "of the validation shards whose loss compares ('' = any)")
+    vocab_size: int         = knob(257,      50257,     "tokens; end-of-text is the last (padded to a multiple of 64)")
+    val_tokens: int         = knob(2**20,    10 * 2**20, "tokens that the validation loss is the mean over")
+    target: float           = knob(1.30,     3.28,      "validation loss to reach (nats a token)")
+    # Model
+    seq_len: int            = knob(256,      1024,      "tokens in a row")
+    num_layers: int         = knob(3,        12,        "blocks")
+    num_heads: int          = knob(4,        6,         "attention heads")
+    head_dim: int           = knob(40,       128,       "channels of a head; model_dim = num_heads * head_dim")
+    mlp_ratio: int          = knob(4,        ...,       "hidden channels of the MLP over model_dim")
+    rope_base: float        = knob(10_000.0, ...,       "base of the rotary frequencies")
+    attention_scale: float  = knob(0.24,     0.12,      "multiplies q . k before the softmax")
+    logit_softcap: float    = knob(15.0,     ...,       "c in c * tanh(logits / c)")
+    # Batch
+    batch_tokens: tuple[int, ...] = knob((1024,), (524_288,), "tokens a step (a,b: in equal stages)")
+    micro_batch: int        = knob(0,        ...,       "rows a process runs at once (0 = by its memory)", FREE)
+    # Optimizers: the lm_head's AdamW has the base rate; the ratios are to it
+    matrix_optimizer: Literal["muon", "orthogonal_nesterov", "adamw"] = knob("muon", ..., "of the blocks' matrices")
+    lr: float               = knob(0.002,    ...,       "learning rate of the lm_head")
+    matrix_lr_ratio: float  = knob(0.0,      ...,       "of the matrices (0 = what belongs to optimizer and scale)")
+    embed_lr_ratio: float   = knob(30.0,     150.0,     "of the embedding")
+    update_scale: Literal["sqrt_ratio", "sqrt_max", "match_rms_adamw"] = knob("sqrt_ratio", ..., "of Muon's updates")
+    momentum: float         = knob(0.95,     ...,       "of Muon")
+    momentum_start: float   = knob(0.85,     ...,       "of Muon at step 0")
+    momentum_warmup_steps: int = knob(200,   300,       "steps from momentum_start to momentum (0 = off)")
+    ns_steps: int           = knob(5,        ...,       "Newton-Schulz iterations")
+    matrix_weight_decay: float = knob(0.0,   ...,       "decoupled: a step takes lr times this (0 = off)")
+    betas: tuple[float, ...] = knob((0.9, 0.95), ...,   "of AdamW")
+    adam_eps: float         = knob(1e-8,     ...,       "of AdamW")
+    adam_weight_decay: float = knob(0.0,     ...,       "of lm_head and embedding, decoupled (0 = off)")
+    # Schedule
+    num_steps: int          = knob(1000,     4600,      "optimizer steps")
+    warmup_steps: int       = knob(0,        ...,       "steps of linear warm-up (0 = off)")
+    cooldown_steps: int     = knob(750,      1800,      "steps of linear cool-down at the end (0 = off)")
+    final_lr_frac: float    = knob(0.0,      ...,       "rate at the end of the cool-down over its peak")
+    # Run
+    seed: int               = knob(0,        ...,       "of the initial weights and of the data's order")
+    val_every: int          = knob(480,      125,       "steps between validations (0 = at the end only)", FREE)
+    save_every: int         = knob(0,        ...,       "steps between checkpoints (0 = on a signal only)", FREE)
+    resume: str             = knob("",       ...,       "checkpoint, or its run folder, to go on from ('' = off)", FREE)
+    init_from: str          = knob("",       ...,       "checkpoint to take the weights alone from ('' = off)")
+    log_dir: str            = knob("logs",   ...,       "folder of the run folders", FREE)
+    run_id: str             = knob("",       ...,       "name of the run folder ('' = track and time)", FREE)
+    compile: Literal["auto", "on", "off"] = knob("auto", ..., "torch.compile, per block (auto = on a GPU only)", FREE)
+    prime_steps: int        = knob(2,        ...,       "dummy steps before the clock starts, for compilation", FREE)
+    collective_timeout: float = knob(600.0,  ...,       "seconds that a rank waits for the others", FREE)
+
+    @property
+    def model_dim(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // 64) * 64
+
+    def __post_init__(self):
+        def check(good, name, remedy):
+            if not good:
+                raise RunError(f"--{name} {getattr(self, name)}: {remedy}")
+        for name, value in vars(self).items():
+            for number in value if isinstance(value, tuple) else (value,):
+                check(isinstance(number, str) or 0 <= number < math.inf, name, "must be a finite number, not negative")
+        for name in ("vocab_size", "val_tokens", "seq_len", "num_layers", "num_heads", "head_dim", "mlp_ratio", "lr",
+                     "num_steps", "rope_base", "attention_scale", "logit_softcap", "collective_timeout"):
+            check(getattr(self, name) > 0, name, "must be above 0")
+        check(self.vocab_size <= 2**16, "vocab_size", "shards hold uint16: at most 65536")
+        check(self.head_dim % 2 == 0, "head_dim", "rotary positions turn pairs of channels: give an even number")
+        for name in ("val_tokens", "batch_tokens"):
+            value = getattr(self, name)
+            check(all(n and n % self.seq_len == 0 for n in (value if isinstance(value, tuple) else [value])), name,
+                  f"must be a positive multiple of --seq_len {self.seq_len}")
+        check(len(self.betas) == 2 and max(self.betas) < 1, "betas", "must be two numbers below 1, such as 0.9,0.95")
+        for name, limit in dict(momentum=1, momentum_start=1, final_lr_frac=1, warmup_steps=self.num_steps).items():
+            check(getattr(self, name) <= limit, name, f"must be at most {limit}")
+        check(re.fullmatch(r"[\w.-]*", self.run_id), "run_id", "names a folder: letters, digits, '.', '_' and '-' only")
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+TRACKS = get_args(FIELDS["track"].type)
+
+def parse_command_line(arguments: list[str]) -> dict:
+    """Returns {field: value} of a command line such as `tiny --num_steps 50`; `track` is in it where it was named."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, exit_on_error=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("track", nargs="?", help=" or ".join(TRACKS))
+    for f in list(FIELDS.values())[1:]:
+        options = dict(type=f.type, metavar={int: "N", float: "X", str: "TEXT"}.get(f.type))
+        if get_origin(f.type) is Literal:
+            options = dict(choices=get_args(f.type))
+        elif get_origin(f.type) is tuple:
+            kind = get_args(f.type)[0]
+            options = dict(type=partial(lambda kind, text: tuple(map(kind, text.split(","))), kind), metavar="N,..")
+        if f.name == "compile":
+            options.update(nargs="?", const="on")     # --compile alone means on
+        small = "" if f.metadata["small"] == f.default else f"; small {f.metadata['small']!r}"
+        parser.add_argument(f"--{f.name}", help=f"{f.metadata['meaning']} [{f.default!r}{small}]", **options)
+    try:
+        known, unknown = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise RunError(f"{error}; --help lists the fields and their kinds") from None
+    for word, names in [(word, FIELDS) for word in unknown] + [(known.track or "tiny", TRACKS)]:
+        if word not in TRACKS:
+            near = difflib.get_close_matches(word.lstrip("-").split("=")[0], names, n=1)
+            raise RunError(f"{word}: no such {'track' if names is TRACKS else 'field of Config'}; "
+                           + (f"did you mean {near[0]}?" if near else f"--help lists them: {', '.join(names)}"))
+    return {name: value for name, value in vars(known).items() if value is not None}
+
+def make_config(given: dict, saved: dict | None = None) -> Config:
+    """Config of the track named, with the fields given; or, on a resume, the saved one with the FREE fields given."""
+    if saved is None:
+        if "track" not in given:
+            raise RunError(f"no track named: give one of {', '.join(TRACKS)} (./run.sh chooses one by the hardware)")
+        preset = {name: f.metadata["small"] if given["track"] == "small" else f.default for name, f in FIELDS.items()}
+        return Config(**{**preset, **given})
+    if odd := sorted(saved.keys() ^ FIELDS.keys()):
+        raise RunError(f"--resume {given['resume']}: a version of this file without, or with, {', '.join(odd)} wrote "
+                       "it; resume with that version, or take the weights alone with --init_from")
+    for name, value in given.items():
+        if not FIELDS[name].metadata["free"] and value != saved[name]:
+            raise RunError(f"--{name} {value}: would change the run, whose checkpoint has {saved[name]}; leave it out, "
+                           "or start a new run from the weights with --init_from")
+    return Config(**{**saved, **given})
+
+
+# ======== 2. Processes, log and clock. ================================================================================
+@dataclasses.dataclass(frozen=True)
+class World:
+    """Where this process stands among the processes of the run; alone, without torchrun, it is rank 0 of 1."""
+    rank: int
+    size: int
+    device: torch.device
+    timeout: float     # seconds that a collective may take
+
+    @contextmanager
+    def collective(self, what: str):
+        """Names the collective that fails: a rank that waits too long, or whose peer died, ends with a message."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not re.search(r"tim(ed|e) ?out|connection|peer|nccl", str(error), re.IGNORECASE):
+                raise
+            raise RunError(f"rank {self.rank} of {self.size}: the {what} failed; another rank died, or was waited for "
+                           f"longer than --collective_timeout {self.timeout:g} s ({error})") from error
+
+    def gather(self, value) -> list:
+        """Returns every rank's `value` (any picklable object), in the order of the ranks."""
+        values = [value] * self.size
+        if self.size > 1:
+            with self.collective("exchange of facts at the start or end"):
+                dist.all_gather_object(values, value)
+        return values
+
+def start_world(timeout: float) -> World:
+    """Joins the process group that torchrun describes in the environment, if there is one."""
+    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in
+                              (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise RunError(f"rank {rank}: no GPU {local_rank}, this node has {torch.cuda.device_count()}; start at "
+                           "most one process for each (--nproc_per_node)")
+        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    world = World(rank, size, device, timeout)
+    if size > 1:
+        with world.collective("rendezvous"):
+            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+    return world
+
+class RunLog:
+    """log.txt and console of rank 0; on the other ranks a call does nothing."""
+
+    def __init__(self, folder: Path, rank: int):
+        self.file, self.last_line = None, 0.0
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = open(folder / "log.txt", "a", encoding="utf-8")
+
+    def __call__(self, text: str, console: bool = True) -> None:
+        if self.file is not None:
+            self.file.write(text + "\n")
+            self.file.flush()
+            if console:
+                tqdm.write(text)     # print, above a progress bar where there is one
+                sys.stdout.flush()
+
+    def step(self, text: str, bar: tqdm) -> None:
+        """Logs a training step: all go to the file; the console gets the bar, or a line every two seconds."""
+        due = bar.disable and time.monotonic() - self.last_line > 2
+        self.last_line = time.monotonic() if due else self.last_line
+        self(text, console=due)
+        bar.update()
+
+class Clock:
+    """Training time in seconds: it runs from the first step on, and is paused for validation and checkpoints."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.elapsed, self.started = device, 0.0, None
+
+    def start(self) -> None:
+        self.synchronize()
+        self.started = time.perf_counter()
+
+    def pause(self) -> None:
+        self.synchronize()
+        self.elapsed, self.started = self.read(), None
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def read(self) -> float:
+        return self.elapsed + (0.0 if self.started is None else time.perf_counter() - self.started)
+
+def catch_signals() -> list[int]:
+    """Returns a list that gets the first SIGTERM or Ctrl-C, so that the run saves and stops; a second exits at once."""
+    caught = []
+    def receive(number, frame):
+        if caught:
+            os._exit(128 + number)
+        caught.append(number)
+    signal.signal(signal.SIGTERM, receive)
+    signal.signal(signal.SIGINT, receive)
+    return caught
+
+# Dense bf16 peaks (FLOP/s) from NVIDIA's data sheets; the first entry that the GPU's name contains counts.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
+              "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+CPU_INFO = Path("/proc/cpuinfo")
+
+def describe_hardware(world: World) -> str:
+    if world.device.type == "cuda":
+        return f"{world.size} x {torch.cuda.get_device_name(world.device)}"
+    names = re.findall(r"model name\s*: (.*)", CPU_INFO.read_text()) if CPU_INFO.exists() else [platform.processor()]
+    return f"{world.size} x {torch.get_num_threads()} threads of {(names or [platform.machine()])[0]}"
+
+def git_revision() -> str:
+    """Returns the commit of this file's folder, with '-dirty' where tracked files differ from it, or 'none'."""
+    def git(*arguments):
+        return subprocess.run(["git", "-C", Path(__file__).resolve().parent, *arguments],
+                              capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Returns the most memory that this process has held: on the GPU, or on a CPU as a whole (GiB)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+# ======== 3. Data: shards of 256 int32 of header (magic, version, tokens, vocabulary, CRC-32) and then uint16 tokens. =
+
+HEADER_INTS, MAGIC, VERSION, GPT2_VOCAB_SIZE = 256, 20240520, 1, 50257
+REDO = "delete it and prepare the data again (./run.sh, data/local_text.py or data/fineweb.py)"
+
+def open_shard(path: str, vocab_size: int) -> torch.Tensor:
+    """Returns the shard's tokens, uint16 (n,), memory-mapped; raises RunError where its header or size is wrong."""
+    size, header_bytes = os.path.getsize(path), 4 * HEADER_INTS
+    if size < header_bytes:
+        raise RunError(f"{path}: {size} bytes are less than a shard's header of {header_bytes}; {REDO}")
+    magic, version, num_tokens, vocab = torch.from_file(path, size=HEADER_INTS, dtype=torch.int32)[:4].tolist()
+    if (magic, version) != (MAGIC, VERSION):
+        raise RunError(f"{path}: magic {magic}, version {version}, but a shard has {MAGIC} and {VERSION}; {REDO}")
+    if size != header_bytes + 2 * num_tokens:
+        raise RunError(f"{path}: the header's {num_tokens} tokens make {header_bytes + 2 * num_tokens} bytes, but the "
+                       f"file has {size}: truncated, or not a shard; {REDO}")
+    if (vocab or GPT2_VOCAB_SIZE) != vocab_size:
+        raise RunError(f"{path}: has a vocabulary of {vocab or GPT2_VOCAB_SIZE}; give --vocab_size that, or shards of "
+                       f"{vocab_size}")
+    return torch.from_file(path, size=2 * HEADER_INTS + num_tokens, dtype=torch.uint16)[2 * HEADER_INTS:]
+
+def check_shard(path: str, vocab_size: int) -> str:
+    """Reads the whole shard: returns its sha256, or raises RunError where a token or the checksum is wrong."""
+    tokens, content = open_shard(path, vocab_size), memoryview(Path(path).read_bytes())
+    top = int((tokens.view(torch.int16) ^ -2**15).max()) + 2**15 if len(tokens) else 0     # uint16 tensors have no max
+    if top >= vocab_size:
+        raise RunError(f"{path}: token {top} is outside the vocabulary of {vocab_size}; {REDO}")
+    checksum = int.from_bytes(content[16:20], "little")
+    if checksum and zlib.crc32(content[4 * HEADER_INTS:]) != checksum:
+        raise RunError(f"{path}: the tokens do not match the checksum {checksum:#010x} in the header; {REDO}")
+    return hashlib.sha256(content).hexdigest()
+
+class Rows:
+    """Rows of `seq_len` tokens and the one after, over shards in the order of their names; none spans two shards.
+
+    Shards after those that hold `max_rows` rows are left out: a run reads what its budget needs, so that it does not
+    depend on how many more were downloaded.
+    """
+
+    def __init__(self, option: str, pattern: str, vocab_size: int, seq_len: int, max_rows: int):
+        found = sorted(glob.glob(pattern))
+        if not found:
+            raise RunError(f"--{option} {pattern}: no file matches; ./run.sh prepares a track's data, and "
+                           "data/local_text.py your own text")
+        self.seq_len, self.vocab_size, self.num_found = seq_len, vocab_size, len(found)
+        self.paths, self.shards, self.ends, self.order = [], [], [0], None     # ends: rows before and after each shard
+        while self.ends[-1] < max_rows and len(self.paths) < len(found):
+            self.paths.append(found[len(self.paths)])
+            self.shards.append(open_shard(self.paths[-1], vocab_size))
+            self.ends.append(self.ends[-1] + max(0, len(self.shards[-1]) - 1) // seq_len)
+        self.num_rows, self.num_tokens = self.ends[-1], sum(map(len, self.shards))
+        if self.num_rows == 0:
+            raise RunError(f"--{option} {pattern}: {self.num_tokens} tokens do not fill a row of --seq_len {seq_len} "
+                           "and its next token; give more text")
+
+    def check(self, world: World) -> str:
+        """Reads all tokens, shared among the ranks; returns their sha256 (of several shards: that of their lines)."""
+        mine = self.paths[world.rank::world.size]
+        with ThreadPoolExecutor(4) as pool:
+            digests = zip(mine, pool.map(partial(check_shard, vocab_size=self.vocab_size), mine), strict=True)
+        lines = [digest for _, digest in sorted(sum(world.gather(list(digests)), []))]
+        return lines[0] if len(lines) == 1 else hashlib.sha256("".join(f"{x}\n" for x in lines).encode()).hexdigest()
+
+    def read(self, rows) -> torch.Tensor:
+        """Returns tokens int64 (len(rows), seq_len + 1)."""
+        windows = []
+        for row in rows:
+            shard = bisect.bisect_right(self.ends, row) - 1
+            start = (row - self.ends[shard]) * self.seq_len
+            windows.append(self.shards[shard][start:start + self.seq_len + 1])
+        return torch.stack(windows).to(torch.int64)
+
+    def shuffled(self, seed: int, positions: range) -> list[int]:
+        """Returns the rows at `positions` of the training order: a permutation an epoch, a pure function of the seed.
+
+        Neighbouring rows are alike, so they are shuffled apart; ranks and micro-steps only group what this order gives.
+        """
+        rows = []
+        for epoch, index in (divmod(position, self.num_rows) for position in positions):
+            if self.order is None or self.order[0] != (seed, epoch):
+                generator = torch.Generator().manual_seed((seed << 20) + epoch)
+                self.order = (seed, epoch), torch.randperm(self.num_rows, generator=generator)
+            rows.append(int(self.order[1][index]))
+        return rows
+
+
+# ======== 4. Model. ===================================================================================================
+def norm(x: torch.Tensor) -> torch.Tensor:
+    """RMSNorm over the last dimension, with no parameters (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+    return F.rms_norm(x, (x.size(-1),))
+
+def linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """x W^T; the weight is kept in fp32 and cast to the dtype of x."""
+    return F.linear(x, layer.weight.to(x.dtype))
+
+def rotary_tables(seq_len: int, head_dim: int, base: float, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns (cos, sin), fp32 (T, 1, K/2), of the angles position * base^(-2i/K)."""
+    frequencies = base ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angles = torch.outer(torch.arange(seq_len, device=device, dtype=torch.float32), frequencies)[:, None, :]
+    return angles.cos(), angles.sin()
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864) of x (B, T, H, K): turns channels i and i + K/2, in fp32."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+
+class Attention(nn.Module):
+    """Causal self-attention with QK-norm: q and k have unit RMS, which bounds the logits (arXiv:2010.04245)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.num_heads, self.scale = config.num_heads, config.attention_scale
+        self.qkv = nn.Linear(config.model_dim, 3 * config.model_dim, bias=False)     # rows: Q, then K, then V
+        self.proj = nn.Linear(config.model_dim, config.model_dim, bias=False)
+
+    def forward(self, x_BTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        q, k, v = linear(self.qkv, x_BTD).unflatten(2, (3, self.num_heads, -1)).unbind(2)
+        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
+        y_BHTK = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
+                                                scale=self.scale)
+        return linear(self.proj, y_BHTK.transpose(1, 2).flatten(2))
+
+class MLP(nn.Module):
+    """W2 relu(W1 x)^2 (So et al. 2021, arXiv:2109.08668)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.up = nn.Linear(config.model_dim, config.mlp_ratio * config.model_dim, bias=False)
+        self.proj = nn.Linear(config.mlp_ratio * config.model_dim, config.model_dim, bias=False)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return linear(self.proj, F.relu(linear(self.up, x_BTD)).square())
+
+class Block(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.attention, self.mlp = Attention(config), MLP(config)
+
+    def forward(self, x_BTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        x_BTD = x_BTD + self.attention(norm(x_BTD), cos, sin)
+        return x_BTD + self.mlp(norm(x_BTD))
+
+class GPT(nn.Module):
+    """Decoder-only transformer with activations in `dtype`; a call returns the mean cross-entropy of the targets."""
+
+    def __init__(self, config: Config, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config, self.dtype, self.tables = config, dtype, None
+        self.embed = nn.Embedding(config.padded_vocab_size, config.model_dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.lm_head = nn.Linear(config.model_dim, config.padded_vocab_size, bias=False)
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> "GPT":
+        """Draws the weights, on the CPU and so the same everywhere: the first pattern that matches the name counts."""
+        generator = torch.Generator().manual_seed(seed)
+        rules = {r"embed\.weight": lambda p: 1.0, r"lm_head\.weight|.*\.proj\.weight": lambda p: 0.0,
+                 r".*\.(qkv|up)\.weight": lambda p: 0.5 * p.size(1) ** -0.5}
+        for name, p in self.named_parameters():
+            std = next((std for pattern, std in rules.items() if re.fullmatch(pattern, name)), None)
+            if std is None:
+                raise RunError(f"parameter {name}: no rule of GPT.initialize matches it; add one")
+            p.normal_(0.0, std(p), generator=generator)
+        return self
+
+    def hidden(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """Returns the last block's output (B, T, D)."""
+        T = tokens_BT.size(1)
+        if self.tables is None or self.tables[0].size(0) < T or self.tables[0].device != tokens_BT.device:
+            self.tables = rotary_tables(T, self.config.head_dim, self.config.rope_base, tokens_BT.device)
+        cos, sin = (table[:T] for table in self.tables)
+        x_BTD = norm(self.embed(tokens_BT).to(self.dtype))
+        for block in self.blocks:
+            x_BTD = block(x_BTD, cos, sin)
+        return x_BTD
+
+    def logits(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Returns the soft-capped logits (B, T, V), fp32, for the token after each token, of `hidden`'s result."""
+        logits_BTV = linear(self.lm_head, norm(x_BTD)).float()
+        return self.config.logit_softcap * torch.tanh(logits_BTV / self.config.logit_softcap)
+
+    def loss(self, x_BTD: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.logits(x_BTD).flatten(0, 1), targets_BT.flatten())
+
+    def forward(self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        return self.loss(self.hidden(tokens_BT), targets_BT)
+
+    def compile_parts(self) -> None:
+        """Compiles each block and the loss in place: almost as fast as the whole graph, in a fraction of the time."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
+        self.loss = torch.compile(self.loss, dynamic=False)
+
+
+# ======== 5. Optimizers and the parameter table. ======================================================================
+def orthogonalize(G: torch.Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Returns about U V^T of each matrix U S V^T in a batch G (k, m, n), m <= n, by Newton-Schulz in `dtype`.
+
+    X <- a X + b (X X^T) X + c (X X^T)^2 X from X = G / |G|_F, with the coefficients of Jordan et al. 2024: steep at 0,
+    so that 5 steps bring most singular values near 1, to within about [0.7, 1.2], but not to 1. Values below about
+    0.003 |G|_F are not there yet after 5 steps; a zero matrix stays zero.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = (G / (G.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype or G.dtype)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X
+
+UPDATE_SCALES = {     # scale of an orthogonal m x n update, and the ratio of Muon's rate to AdamW's that belongs to it
+    "sqrt_ratio":      (lambda m, n: max(1, m / n) ** 0.5,   10.0),     # Jordan et al. 2024
+    "sqrt_max":        (lambda m, n: max(m, n) ** 0.5,       0.1),      # Muon as first published
+    "match_rms_adamw": (lambda m, n: 0.2 * max(m, n) ** 0.5, 1.0),      # Liu et al. 2025, arXiv:2502.16982
+    "none":            (lambda m, n: 1.0,                    10.0),     # OrthogonalNesterov
+}
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised by Newton-Schulz (Jordan et al. 2024, kellerjordan.github.io/posts/muon), for matrices.
+
+        v <- mu v + (1 - mu) g;   u <- orthogonalize((1 - mu) g + mu v);   W <- (1 - lr wd) W - lr scale(m, n) u
+
+    Of a parameter group, `parts` splits a fused (parts m, n) weight into m x n matrices, orthogonalised apart;
+    `accumulate` takes v <- mu v + g and then g + mu v (OrthogonalNesterov); `nesterov=False` orthogonalises v itself.
+    In a process group each parameter has an owner, which alone holds its momentum and computes its update; gradients
+    must be the same on all ranks. Not for gains, biases, embeddings or the lm_head, nor for convolution filters.
+    """
+
+    def __init__(self, params, lr=0.03, momentum=0.95, nesterov=True, accumulate=False, weight_decay=0.0, ns_steps=5,
+                 update_scale="sqrt_ratio", parts=1, ns_dtype=None):
+        super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, accumulate=accumulate, parts=parts,
+                                      weight_decay=weight_decay, ns_steps=ns_steps, update_scale=update_scale))
+        self.ns_dtype, self.owners = ns_dtype, {}
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        costs = {}
+        for p, parts in ((p, group["parts"]) for group in self.param_groups for p in group["params"]):
+            if p.ndim != 2 or p.size(0) % parts:
+                raise ValueError(f"Muon takes matrices of {parts} equal parts, not a parameter of {tuple(p.shape)}")
+            costs[p] = p.numel() * min(p.size(0) // parts, p.size(1))
+        loads = [0] * self.world_size
+        for p in sorted(costs, key=costs.get, reverse=True):     # the costliest first, each to the least loaded rank
+            self.owners[p] = loads.index(min(loads))
+            loads[self.owners[p]] += costs[p]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        active = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        batches = {}     # same-shaped matrices, tall ones transposed, of all parameters together
+        for p, group in active:
+            if self.owners[p] == self.rank:
+                matrices = self.direction(p, group).unflatten(0, (group["parts"], -1))
+                tall = matrices.size(1) > matrices.size(2)
+                wide = matrices.mT if tall else matrices
+                batches.setdefault((wide.shape[1:], group["ns_steps"]), []).append((p, wide, tall))
+        updates = {}
+        for (_, ns_steps), items in batches.items():
+            result = orthogonalize(torch.cat([wide for _, wide, _ in items]), ns_steps, self.ns_dtype)
+            for (p, _, tall), u in zip(items, result.split([len(wide) for _, wide, _ in items]), strict=True):
+                updates[p] = (u.mT if tall else u).flatten(0, 1)
+        if self.world_size > 1:
+            updates = self.exchange(updates, [p for p, _ in active])
+        for p, group in active:
+            scale = UPDATE_SCALES[group["update_scale"]][0](p.size(0) // group["parts"], p.size(1))
+            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(updates[p], alpha=-group["lr"] * scale)
+
+    def momentum(self, p: torch.Tensor) -> torch.Tensor:
+        if "momentum_buffer" not in self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return self.state[p]["momentum_buffer"]
+
+    def direction(self, p: torch.Tensor, group: dict) -> torch.Tensor:
+        """Updates the momentum of p, and returns what is to be orthogonalised, of the shape of p."""
+        v, mu = self.momentum(p), group["momentum"]
+        if group["accumulate"]:
+            v.mul_(mu).add_(p.grad)
+            return p.grad.add(v, alpha=mu) if group["nesterov"] else v
+        v.lerp_(p.grad, 1 - mu)
+        return p.grad.lerp(v, mu) if group["nesterov"] else v
+
+    def exchange(self, mine: dict, params: list) -> dict:
+        """Returns every parameter's update, from its owner: one all-gather, each rank's part padded to the longest."""
+        owned = [[p for p in params if self.owners[p] == rank] for rank in range(self.world_size)]
+        flat = params[0].new_zeros(max(sum(p.numel() for p in part) for part in owned), dtype=self.ns_dtype)
+        offset = 0
+        for p in owned[self.rank]:
+            flat[offset:offset + p.numel()].view_as(p).copy_(mine[p])
+            offset += p.numel()
+        gathered = flat.new_empty(self.world_size * len(flat))
+        getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(gathered, flat)     # renamed in torch 2.13
+        updates = {}
+        for part, row in zip(owned, gathered.chunk(self.world_size), strict=True):
+            for p in part:
+                updates[p], row = row[:p.numel()].view_as(p), row[p.numel():]
+        return updates
+
+    def state_dict(self) -> dict:
+        """Returns the whole state on every rank; all ranks must call this together."""
+        if self.world_size > 1:
+            for p, owner in self.owners.items():
+                dist.broadcast(self.momentum(p), owner)
+        whole = super().state_dict()
+        self.keep_own()
+        return whole
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self.keep_own()
+
+    def keep_own(self) -> None:
+        for p, owner in self.owners.items():
+            if owner != self.rank:
+                self.state.pop(p, None)
+
+def parameter_rules(c: Config) -> list[tuple]:
+    """The rows of the parameter table: a parameter belongs to the first whose pattern matches its whole name."""
+    scale = {"muon": c.update_scale, "orthogonal_nesterov": "none"}.get(c.matrix_optimizer)
+    matrix_lr = c.lr * (c.matrix_lr_ratio or (UPDATE_SCALES[scale][1] if scale else 1.0))
+    matrix, decay, qkv_parts = c.matrix_optimizer, c.matrix_weight_decay, 3 if c.matrix_optimizer == "muon" else 1
+    return [
+        # pattern                         optimizer  learning rate             weight decay         matrices in a weight
+        (r"lm_head\.weight",              "adamw",   c.lr,                     c.adam_weight_decay, 1),
+        (r"embed\.weight",                "adamw",   c.lr * c.embed_lr_ratio,  c.adam_weight_decay, 1),
+        (r"blocks\..*\.qkv\.weight",      matrix,    matrix_lr,                decay,               qkv_parts),
+        (r"blocks\..*\.(proj|up)\.weight", matrix,   matrix_lr,                decay,               1),
+        (r".*(gain|bias|scale|lambda)s?", "adamw",   c.lr,                     0.0,                 1),
+    ]
+
+def make_optimizers(model: GPT, c: Config, ns_dtype: torch.dtype | None = None) -> tuple[list, str]:
+    """Returns ([AdamW, and Muon where the table has it], the table as text); each parameter is in one row, once."""
+    rules, members = parameter_rules(c), {}
+    for name, p in model.named_parameters():
+        rule = next((rule for rule in rules if re.fullmatch(rule[0], name)), None)
+        if rule is None:
+            raise RunError(f"parameter {name}: no row of parameter_rules matches it; add one")
+        members.setdefault(rule, []).append((name, p))
+    groups, lines = {True: [], False: []}, [("parameter", "shape", "optimizer", "lr", "weight decay", "matrices")]
+    for (_, optimizer, lr, weight_decay, parts), named in members.items():
+        group = dict(params=[p for _, p in named], lr=lr, base_lr=lr, weight_decay=weight_decay)
+        groups[optimizer == "adamw"].append(group if optimizer == "adamw" else dict(group, parts=parts))
+        kinds = Counter((re.sub(r"\.\d+\.", ".*.", name), "x".join(map(str, p.shape))) for name, p in named)
+        for (name, shape), count in kinds.items():
+            lines.append((name, f"{count} of {shape}", optimizer, f"{lr:g}", f"{weight_decay:g}", str(parts)))
+    optimizers = [torch.optim.AdamW(groups[True], betas=c.betas, eps=c.adam_eps, fused=True)]
+    if groups[False]:
+        seed_002 = c.matrix_optimizer == "orthogonal_nesterov"
+        optimizers.append(Muon(groups[False], momentum=c.momentum, accumulate=seed_002, ns_steps=c.ns_steps,
+                               update_scale="none" if seed_002 else c.update_scale, ns_dtype=ns_dtype))
+    covered = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(covered) == sorted(id(p) for p in model.parameters()), "a parameter is missing, or in two groups"
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return optimizers, table
+
+
+# ======== 6. Schedules: pure functions of the step (0 for the first). =================================================
+def lr_multiplier(c: Config, step: int) -> float:
+    """Trapezoid: linear warm-up, constant, linear cool-down to final_lr_frac (Hagele et al. 2024, arXiv:2405.18392)."""
+    if step < c.warmup_steps:
+        return (step + 1) / c.warmup_steps
+    left = min(1.0, (c.num_steps - step) / max(1, min(c.cooldown_steps, c.num_steps)))
+    return c.final_lr_frac + left * (1 - c.final_lr_frac)
+
+def muon_momentum(c: Config, step: int) -> float:
+    """Linear from momentum_start to momentum, then constant."""
+    done = min(1.0, step / c.momentum_warmup_steps) if c.momentum_warmup_steps else 1.0
+    return c.momentum_start + done * (c.momentum - c.momentum_start)
+
+def batch_rows(c: Config, step: int) -> int:
+    """Rows of the global batch: the entries of batch_tokens in turn, each for an equal share of the steps."""
+    return c.batch_tokens[step * len(c.batch_tokens) // c.num_steps] // c.seq_len
+
+def set_schedules(optimizers: list, c: Config, step: int) -> None:
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = group["base_lr"] * lr_multiplier(c, step)
+        if "momentum" in group:
+            group["momentum"] = muon_momentum(c, step)
+
+def micro_batch_rows(c: Config, rows: int, world_size: int, gpu_bytes: int = 0) -> int:
+    """Returns the rows of a micro-batch for a global batch of `rows`.
+
+    They are --micro_batch; or, where that is 0, the most that divide a rank's share within 4,096 tokens on a CPU (its
+    caches), within 8,192 for every 20 GB of a GPU's memory.
+    """
+    def divisors(n):
+        return [d for d in range(1, n + 1) if n % d == 0]
+    if rows % world_size:
+        raise RunError(f"--batch_tokens: {rows} rows of --seq_len {c.seq_len} cannot be shared by {world_size} "
+                       f"processes; start {', '.join(map(str, divisors(rows)))} of them")
+    per_rank = rows // world_size
+    if not c.micro_batch:
+        limit = 8192 * max(1, int(gpu_bytes / 20e9)) if gpu_bytes else 4096
+        return max(d for d in divisors(per_rank) if d * c.seq_len <= max(limit, c.seq_len))
+    if per_rank % min(c.micro_batch, per_rank):
+        raise RunError(f"--micro_batch {c.micro_batch}: does not divide the {per_rank} rows of a step that each of "
+                       f"{world_size} processes has; give {', '.join(map(str, divisors(per_rank)))}, or 0")
+    return min(c.micro_batch, per_rank)
+
+
+# ======== 7. Evaluation. Do not edit: it defines the target. ==========================================================
+@torch.no_grad()
+def evaluate(model: GPT, rows: Rows, c: Config, world: World, micro_batch: int) -> float:
+    """Returns the mean loss over the first val_tokens tokens: the ranks share the rows, and the sum goes over all."""
+    mine = range(world.rank, c.val_tokens // c.seq_len, world.size)
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    for start in range(0, len(mine), micro_batch):
+        tokens = rows.read(mine[start:start + micro_batch]).to(world.device)
+        total += model(tokens[:, :-1], tokens[:, 1:]).double() * tokens[:, 1:].numel()
+    if world.size > 1:
+        with world.collective("sum of the validation loss"):
+            dist.all_reduce(total)
+    return total.item() / c.val_tokens
+
+
+# ======== 8. Checkpoints. =============================================================================================
+CHECKPOINT = "checkpoint.pt"
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Writes beside `path`, syncs and renames: at any moment `path` is a whole checkpoint, the old one or the new."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+def load_checkpoint(option: str, name: str) -> dict:
+    """Returns the checkpoint in the file, or run folder, `name`; only tensors and plain values are unpickled."""
+    path = Path(name) / CHECKPOINT if Path(name).is_dir() else Path(name)
+    if not path.is_file():
+        raise RunError(f"--{option} {name}: no checkpoint there; give a {CHECKPOINT}, or a run folder that holds one")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return content if content["config"] and content["model"] else None
+    except Exception as error:     # torch.load raises many types on a file that is not its own
+        raise RunError(f"--{option} {name}: {path} is no checkpoint of train_gpt.py, or damaged ({error}); give "
+                       "another one") from None
+
+
+# ======== 9. Main: set-up, priming, loop, summary. ====================================================================
+def accumulate_gradients(model: nn.Module, tokens: torch.Tensor, micro_batch: int, world: World) -> torch.Tensor:
+    """Adds the gradient of the mean loss over the global batch, of which this rank has `tokens` (R, T + 1), int64.
+
+    Returns the mean loss over this rank's rows. All micro-steps but the last run inside no_sync, the forward too: DDP
+    decides there whether to reduce.
+    """
+    micro_batches, total = tokens.split(micro_batch), 0.0
+    for i, part in enumerate(micro_batches, 1):
+        last = i == len(micro_batches)
+        waits = world.collective("average of the gradients")
+        with waits if last or world.size == 1 else model.no_sync():
+            loss = model(part[:, :-1], part[:, 1:]) / len(micro_batches)
+            loss.backward()
+        total += loss.detach()
+    return total
+
+def update(optimizers: list, c: Config, step: int, world: World) -> None:
+    set_schedules(optimizers, c, step)
+    for optimizer in optimizers:
+        with world.collective("exchange of the matrices' updates"):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+def prime(model: nn.Module, raw: GPT, optimizers: list, c: Config, world: World, micro_batches: set[int]) -> float:
+    """Runs `prime_steps` steps on dummy data and undoes them; returns the seconds that they, and compilation, took."""
+    clock, rng, weights = Clock(world.device), torch.get_rng_state(), [p.detach().clone() for p in raw.parameters()]
+    clock.start()
+    for micro_batch in sorted(micro_batches) * c.prime_steps:
+        tokens = torch.randint(c.vocab_size, (2 * micro_batch, c.seq_len + 1)).to(world.device)
+        accumulate_gradients(model, tokens, micro_batch, world)
+        update(optimizers, c, 0, world)
+        with torch.no_grad():
+            raw(tokens[:micro_batch, :-1], tokens[:micro_batch, 1:])
+    with torch.no_grad():
+        for p, weight in zip(raw.parameters(), weights, strict=True):
+            p.copy_(weight)
+    for optimizer in optimizers:
+        optimizer.state.clear()
+    torch.set_rng_state(rng)
+    clock.pause()
+    return clock.elapsed
+
+def train(c: Config, world: World, resumed: dict | None) -> int:
+    """Trains to the end, or to a signal; returns the exit status of the process."""
+    signals, source, device = catch_signals(), Path(__file__).read_text(encoding="utf-8"), world.device
+
+    # Sizes and data: what is wrong with them is said here, before anything trains.
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    micro_batches = {n // c.seq_len: micro_batch_rows(c, n // c.seq_len, world.size, memory) for n in c.batch_tokens}
+    positions = list(accumulate((batch_rows(c, i) for i in range(c.num_steps)), initial=0))     # rows before each step
+    train_rows = Rows("train_files", c.train_files, c.vocab_size, c.seq_len, positions[-1])
+    val_rows = Rows("val_files", c.val_files, c.vocab_size, c.seq_len, c.val_tokens // c.seq_len)
+    if val_rows.num_rows * c.seq_len < c.val_tokens:
+        raise RunError(f"--val_tokens {c.val_tokens}: {c.val_files} has {val_rows.num_rows * c.seq_len} in whole rows; "
+                       "give that or less, or more text")
+    data = dict(train=train_rows.check(world), val=val_rows.check(world))
+    comparable = c.train_sha256 in ("", data["train"]) and c.val_sha256 in ("", data["val"])
+    if resumed and resumed["data"] != data:
+        raise RunError(f"--resume {c.resume}: its run read other data (sha256 {resumed['data']}, here {data}); give "
+                       "the --train_files and --val_files of that run")
+
+    # The run folder: one id for all ranks and nodes.
+    new_id = f"{c.track}_{datetime.datetime.now():%Y%m%d-%H%M%S}_{os.urandom(2).hex()}"
+    c = dataclasses.replace(c, run_id=world.gather(c.run_id or new_id)[0])
+    folder = Path(c.log_dir) / c.run_id
+    if not resumed and world.gather((folder / "log.txt").exists())[0]:
+        raise RunError(f"--run_id {c.run_id}: {folder} holds a run; give another name, or go on with --resume {folder}")
+    log = RunLog(folder, world.rank)
+
+    # Model and optimizers.
+    bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)     # older GPUs emulate it
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    raw = GPT(c, dtype).initialize(c.seed)
+    if c.init_from and not resumed:
+        try:
+            raw.load_state_dict(load_checkpoint("init_from", c.init_from)["model"])
+        except RuntimeError as error:
+            raise RunError(f"--init_from {c.init_from}: its weights do not fit this Config's model ({error})") from None
+    model = raw.to(device)
+    compiled = c.compile == "on" or (c.compile == "auto" and device.type == "cuda")
+    if compiled:
+        raw.compile_parts()
+    if world.size > 1:
+        with world.collective("start-up broadcast of the weights"):
+            gpus = [device] if device.type == "cuda" else None
+            model = DistributedDataParallel(raw, gpus, gradient_as_bucket_view=True)
+    optimizers, table = make_optimizers(raw, c, ns_dtype=dtype if bf16 else None)
+
+    tokens_total, epochs = positions[-1] * c.seq_len, positions[-1] / train_rows.num_rows
+    hardware, revision = describe_hardware(world), git_revision()
+    parameters, in_blocks = (sum(p.numel() for p in part.parameters()) for part in (raw, raw.blocks))
+    log(source + "=" * 100, console=False)
+    log(f"run folder: {folder}")
+    log("config: " + json.dumps(dataclasses.asdict(c)), console=False)
+    log(f"source: sha256 {hashlib.sha256(source.encode()).hexdigest()}, git {revision}", console=False)
+    log(f"versions: python {platform.python_version()}, torch {torch.__version__}, cuda {torch.version.cuda}, "
+        f"{platform.platform()}")
+    log(f"hardware: {hardware}")
+    log(f"kernels: attention torch SDPA; activations and Newton-Schulz {str(dtype)[6:]}; torch.compile "
+        + ("per block" if compiled else "off"))
+    left_out = train_rows.num_tokens - train_rows.num_rows * c.seq_len
+    log(f"data: {train_rows.num_tokens:,} training tokens in {len(train_rows.paths)} of {train_rows.num_found} shards "
+        f"({left_out} at their ends left out); the run takes {tokens_total:,}, or {epochs:.2f} epochs")
+    log(f"data sha256: train {data['train']}, val {data['val']}", console=False)
+    if epochs > 1:
+        log(f"warning: the run goes round the data {epochs:.2f} times; text seen again teaches less, so prepare more")
+    if not comparable:
+        log("warning: this is not the track's data (its sha256 differs): the loss of this run does not compare")
+    log(f"batch: {', '.join(f'{n:,}' for n in c.batch_tokens)} tokens a step; a process runs "
+        f"{', '.join(map(str, micro_batches.values()))} rows of {c.seq_len} at once")
+    log(f"model: {parameters:,} parameters, of which {in_blocks:,} in the blocks\n{table}")
+
+    prime_seconds = prime(model, raw, optimizers, c, world, set(micro_batches.values()))
+    log(f"priming: {prime_seconds:.1f} s of compilation and dummy steps, outside the training time")
+    step, val_loss, clock = 0, None, Clock(device)
+    if resumed:     # after the priming, which leaves fresh optimizers behind
+        raw.load_state_dict(resumed["model"])
+        for optimizer, state in zip(optimizers, resumed["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        torch.set_rng_state(resumed["rng"])
+        step, val_loss, clock.elapsed = resumed["step"], resumed["val_loss"], resumed["elapsed"]
+        log(f"resumed: {c.resume} at step {step}/{c.num_steps}, after {clock.elapsed:.1f} s of training")
+
+    def require_finite(finite: bool, what: str) -> None:
+        if not finite:
+            good = f"the last good checkpoint is in {folder}" if (folder / CHECKPOINT).exists() else "none was saved"
+            log(f"error: {what} at step {step}", console=False)
+            raise RunError(f"step {step}: {what} is not finite; lower --lr, or give --warmup_steps; {good}")
+
+    def save() -> None:
+        with world.collective("collection of the optimizers' state"):
+            states = [optimizer.state_dict() for optimizer in optimizers]
+        require_finite(all(bool(p.isfinite().all()) for p in raw.parameters()), "a weight")
+        if world.rank == 0:
+            save_checkpoint(folder / CHECKPOINT, dict(
+                config=dataclasses.asdict(c), data=data, step=step, position=positions[step], elapsed=clock.elapsed,
+                val_loss=val_loss, rng=torch.get_rng_state(), model=raw.state_dict(), optimizers=states))
+        log(f"checkpoint: {folder / CHECKPOINT} at step {step}/{c.num_steps}")
+
+    def finish(done: int, statistics: torch.Tensor) -> bool:
+        """Reads and logs the statistics of step `done`; returns whether some rank was told to stop."""
+        with world.collective(f"average of the loss of step {done}"):
+            loss, stopped = statistics.tolist()
+        require_finite(math.isfinite(loss), f"the training loss of step {done}, {loss},")
+        seconds = clock.read()
+        bar.set_postfix_str(f"loss {loss:.3f}, {positions[done] * c.seq_len / seconds:,.0f} tokens/s", refresh=False)
+        log.step(f"step:{done}/{c.num_steps} train_loss:{loss:.6f} train_time:{1e3 * seconds:.0f}ms "
+                 f"step_avg:{1e3 * seconds / done:.2f}ms", bar)
+        return stopped > 0
+
+    # The clock counts all of the loop but validation and checkpoints. A GPU's step is read when the next one is queued,
+    # so that it never waits for the host.
+    pending, stopping = None, False
+    bar = tqdm(total=c.num_steps, initial=step, unit="step", dynamic_ncols=True,
+               disable=world.rank > 0 or not sys.stderr.isatty())
+    clock.start()
+    while step < c.num_steps and not stopping:
+        epoch, rows = positions[step] // train_rows.num_rows, batch_rows(c, step)
+        if step and epoch > positions[step - 1] // train_rows.num_rows:
+            log(f"data: epoch {epoch + 1} has begun, in a new order")
+        per_rank = rows // world.size
+        first = positions[step] + world.rank * per_rank
+        tokens = train_rows.read(train_rows.shuffled(c.seed, range(first, first + per_rank)))
+        if device.type == "cuda":
+            tokens = tokens.pin_memory().to(device, non_blocking=True)
+        loss = accumulate_gradients(model, tokens, micro_batches[rows], world)
+        statistics = torch.stack((loss / world.size, torch.full_like(loss, len(signals))))
+        if world.size > 1:
+            with world.collective("average of the loss"):
+                dist.all_reduce(statistics)
+        update(optimizers, c, step, world)
+        step += 1
+        stopping = finish(*pending) if pending else False
+        pending = (step, statistics)
+        validates = step == c.num_steps or (c.val_every and step % c.val_every == 0)
+        saves = c.save_every and step % c.save_every == 0
+        if validates or saves or stopping or device.type == "cpu":
+            stopping = finish(*pending) or stopping
+            pending = None
+        if validates or saves or stopping:
+            clock.pause()
+            if validates:
+                val_loss = evaluate(raw, val_rows, c, world, max(micro_batches.values()))
+                require_finite(math.isfinite(val_loss), f"the validation loss, {val_loss},")
+                log(f"step:{step}/{c.num_steps} val_loss:{val_loss:.6f} train_time:{1e3 * clock.elapsed:.0f}ms "
+                    f"step_avg:{1e3 * clock.elapsed / step:.2f}ms")
+            if saves or (stopping and step < c.num_steps):
+                save()
+            clock.start()
+    clock.pause()
+    bar.close()
+    if step < c.num_steps:
+        log(f"stopped by a signal at step {step}/{c.num_steps}; go on with: --resume {folder}")
+        return 128 + (signals or [signal.SIGTERM])[0]
+
+    # Summary: `key: value` lines for grep, and the same as JSON.
+    speed = tokens_total / clock.elapsed
+    # FLOP a token of a step: 6 a matrix weight, and 12 L T D for attention (PaLM, arXiv:2204.02311, appendix B).
+    flops = 6 * (parameters - raw.embed.weight.numel()) + 12 * c.num_layers * c.seq_len * c.model_dim
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if bf16 and name in hardware), None)
+    summary = dict(
+        run_id=c.run_id, track=c.track, val_loss=val_loss, target=c.target, target_reached=val_loss <= c.target,
+        data_comparable=comparable, train_seconds=clock.elapsed, compile_seconds=prime_seconds, steps=c.num_steps,
+        tokens=tokens_total, tokens_per_second=speed,
+        mfu=speed * flops / (peak * world.size) if peak else None,
+        peak_memory_gib=max(world.gather(peak_memory_gib(device))), parameters=parameters, seed=c.seed,
+        world_size=world.size, hardware=hardware, torch=torch.__version__, git=revision,
+        train_sha256=data["train"], val_sha256=data["val"])
+    for key, value in summary.items():
+        log(f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {json.dumps(value).strip(chr(34))}")
+    if world.rank == 0:
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+def main(arguments: list[str]) -> int:
+    try:
+        given = parse_command_line(arguments)
+        resumed = load_checkpoint("resume", given["resume"]) if given.get("resume") else None
+        config = make_config(given, resumed["config"] if resumed else None)
+        try:
+            return train(config, start_world(config.collective_timeout), resumed)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
