@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
+import numpy as np
 from runs import THEN, LogError, Run, changed, find_runs, printable, setting
 from scipy import stats
 
@@ -74,30 +75,24 @@ def t_test(a: list[float] | None, b: list[float], alpha: float) -> tuple[float, 
     return float(low), float(high), float(test.pvalue)
 
 
-def power(n: int, difference: float, stds: list[float], alpha: float) -> float:
-    """Returns the chance that t_test, with n numbers a sample, finds `difference` where the samples have these stds."""
-    variances = [std**2 / n for std in stds]
-    degrees = sum(variances)**2 / sum(variance**2 / (n - 1) for variance in variances)      # Welch, 1947
-    shift = abs(difference) / math.sqrt(sum(variances))
-    critical = stats.t.isf(alpha / 2, degrees)
-    return float(stats.nct.sf(critical, degrees, shift) + stats.nct.cdf(-critical, degrees, shift))
-
-
 def words_needed(samples: list[list[float]], difference: float, p: float | None, alpha: float, unit: str) -> str:
-    here, stds = min(map(len, samples)), [stdev(sample) if len(sample) > 1 else 0 for sample in samples]
+    """Returns how many more runs would find this difference, if it and the stds are what they seem, in words."""
+    here = min(map(len, samples))
     if here < 2:
         return f"2 or more {unit}, to tell a difference from chance"
     if p is None:
         return "unknown: the runs do not differ, so there is no std to judge by"
     if p < alpha:
         return "none: p is below alpha"
-    if power(MOST_RUNS, difference, stds, alpha) < POWER:
+    # The power of t_test for n numbers a sample: noncentral t, with the degrees of freedom of Welch (1947).
+    n = np.arange(2, MOST_RUNS + 1)
+    variances = np.array([[stdev(sample)**2] for sample in samples]) / n
+    degrees = variances.sum(0)**2 / (variances**2 / (n - 1)).sum(0)
+    shift, critical = abs(difference) / np.sqrt(variances.sum(0)), stats.t.isf(alpha / 2, degrees)
+    enough = n[stats.nct.sf(critical, degrees, shift) + stats.nct.cdf(-critical, degrees, shift) >= POWER]
+    if not len(enough):
         return f"more than {MOST_RUNS:,} {unit}: the difference is too small to find"
-    low, high = 2, MOST_RUNS
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if power(middle, difference, stds, alpha) >= POWER else (middle + 1, high)
-    return f"about {max(1, low - here)} more {unit}, for a power of {POWER:.0%} at this difference and std"
+    return f"about {max(1, enough[0] - here)} more {unit}, for a power of {POWER:.0%} at this difference and std"
 
 
 # What makes a comparison void, or calls for a word.
@@ -110,7 +105,7 @@ def names(items: list) -> str:
 def read_plan(folder: Path) -> dict | None:
     """Returns what compare needs of the folder's plan.json; None where there is none; raises LogError.
 
-    {metric, alpha: of one comparison, runs: names of the planned runs, looks: numbers of blocks after which it may end}
+    {metric, alpha: of one comparison, runs: names of the planned runs}
     """
     path = folder / "plan.json"
     if not path.exists():
@@ -118,15 +113,15 @@ def read_plan(folder: Path) -> dict | None:
     try:
         plan = json.loads(printable(path.read_text(encoding="utf-8")))
         return dict(metric=str(plan["metric"]), alpha=float(plan.get("alpha_each", plan["alpha"])),
-                    runs=[str(run) for run in plan["runs"]], looks=[int(look) for look in plan.get("looks", [])])
+                    runs=[str(run) for run in plan["runs"]])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LogError(f"{path} is damaged ({error!r}): it must hold metric, alpha and runs, the names of the planned "
                        "runs") from None
 
 
-def check_plan(runs: list[Run], metric: str, alpha: float) -> tuple[list[str], list[str]]:
-    """Returns (voids, warnings) about planned runs that are not among these, and about another metric or alpha."""
-    voids, warnings = [], []
+def check_plan(runs: list[Run], metric: str, alpha: float) -> list[str]:
+    """Returns voids: planned runs that are not among these, and another metric or alpha than the plan's."""
+    voids = []
     for folder in sorted({run.folder for run in runs if run.side}):
         plan = read_plan(folder)
         if plan is None:
@@ -135,17 +130,12 @@ def check_plan(runs: list[Run], metric: str, alpha: float) -> tuple[list[str], l
         letters = {run.side for run in runs if run.folder == folder}
         planned = [name for name in plan["runs"] if not letters.isdisjoint(name.split("_"))]
         missing = [name for name in planned if name not in given]
-        blocks = list(dict.fromkeys(name.split("_")[0] for name in planned))
-        early = [look for look in plan["looks"]
-                 if missing == [name for name in planned if name.split("_")[0] in blocks[look:]]]
-        if missing and early and not any((folder / name / "log.txt").exists() for name in missing):
-            warnings.append(f"ended early: after {early[0]} of {len(blocks)} blocks, a look in {folder}/plan.json")
-        elif missing:
+        if missing:
             voids.append(f"runs left out: {folder}/plan.json has {names(missing)}, not here")
         for what, value in (("metric", metric), ("alpha", alpha)):
             if plan[what] != value:
                 voids.append(f"{what} chosen after looking: {value}, where {folder}/plan.json has {plan[what]}")
-    return voids, warnings
+    return voids
 
 
 def check_beside(runs: list[Run]) -> list[str]:
@@ -153,9 +143,12 @@ def check_beside(runs: list[Run]) -> list[str]:
     settings, given, alike = [setting(run) for run in runs], {run.path.resolve() for run in runs}, []
     for folder in sorted({run.folder for run in runs}):
         plan = read_plan(folder) or dict(runs=[])
-        record = (folder / "runs.json").exists()
-        beside = [folder] if record else [*folder.glob("*/log.txt"), *folder.glob("*.txt"), runs[0].path]
-        for other in find_runs(beside)[0]:
+        logs = [*folder.glob("*/log.txt"), *folder.glob("*.txt")]
+        try:
+            beside, _ = find_runs([folder] if (folder / "runs.json").exists() else logs)
+        except LogError:
+            continue
+        for other in beside:
             new = other.path.resolve() not in given and other.name not in plan["runs"]
             if new and setting(other) in settings:
                 alike.append(other)
@@ -253,9 +246,8 @@ def compare(a: list[Run], b: list[Run], metric: str, alpha: float = 0.05, candid
             raise LogError(f"{letter} has no finished run (given: {names(variants[letter]) or 'none'}); give runs that "
                            "trained to their last step")
     voids, warnings = check(variants, metric)
-    more_voids, more_warnings = check_plan(a + b, metric, alpha)
-    voids += more_voids
-    warnings += more_warnings + check_beside(a + b)
+    voids += check_plan(a + b, metric, alpha)
+    warnings += check_beside(a + b)
 
     # What is compared: two samples, or the ratios in blocks.
     seconds_a, seconds_b = ([run.final[0] for run in runs] for runs in finished.values())

@@ -9,8 +9,8 @@
 The source runs as a program of yours, so read a stranger's first. It runs in this repository's folder, for its data,
 with as many processes and CPU threads as then, and its log goes to logs/reproduce_*. On the same hardware and threads
 the final loss is identical; elsewhere it should lie within three standard deviations of the mean of the runs that
-differ in the seed alone. Options after -- override the Config. The exit status is 0 where the loss is reproduced, or
-where options keep it from being compared.
+differ in the seed alone. Options after -- override the Config. With other options or other data the losses are not
+compared. The exit status is 0 where the loss is reproduced, or not compared.
 """
 
 import argparse
@@ -54,25 +54,6 @@ def options(config: dict) -> list[str]:
         if name not in OWN_PATHS | {"track"}:
             words.append(f"--{name}={text}")
     return words
-
-
-def data_here(run: Run) -> dict[str, str]:
-    """Returns {option: what is wrong with its files here}, reading the shards that the run would read."""
-    config, wrong = run.config, {}
-    tokens = dict(train=config["num_steps"] * config["batch_tokens"], val=config["val_tokens"])
-    program = config.get("prepare") or train_gpt.make_config(dict(track=config["track"])).prepare
-    c = argparse.Namespace(**{**config, "prepare": program})
-    for split, recorded in (("train", run.train_sha256), ("val", run.val_sha256)):
-        option = f"{split}_files"
-        try:
-            here = train_gpt.Rows(option, config[option], c, tokens[split] // c.seq_len).sha256
-        except (train_gpt.RunError, OSError) as error:
-            wrong[option] = printable(str(error))
-            continue
-        if here != recorded:
-            wrong[option] = (f"{config[option]} has the sha256 {here}, the run's had {recorded}; python {program} "
-                             f"makes the track's data (the run had torch {run.torch})")
-    return wrong
 
 
 def judge(run: Run, new: Run) -> tuple[bool, str]:
@@ -130,9 +111,6 @@ def reproduce(args: argparse.Namespace, overrides: list[str]) -> int:
     for name, here in dict(hardware=f"{nproc} x {hardware}", torch=train_gpt.torch.__version__).items():
         then = getattr(run, name)
         print(f"{name}: {then}; here {'the same' if here == then else here}")
-    wrong = data_here(run)
-    for option in ("train_files", "val_files"):
-        print(f"{option}: {wrong.get(option, 'the same')}")
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
     words = [*options(run.config), *overrides]
     print("command:", *(f"{name}={value}" for name, value in shown.items()),
@@ -140,9 +118,6 @@ def reproduce(args: argparse.Namespace, overrides: list[str]) -> int:
     if not args.run:
         return 0
 
-    if wrong and not overrides:
-        raise LogError(f"the data are not the run's: {'; '.join(wrong.values())}; or name other files after --, and "
-                       "the loss is not compared")
     if not args.yes:
         if not sys.stdin.isatty():
             raise LogError("this would run code from a log, and there is no terminal to ask on; read it (--out FILE), "
