@@ -174,7 +174,7 @@ def test_nothing_that_a_terminal_obeys(tmp_path):
 
 def test_paths_that_hold_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
-    for paths, words in (([tmp_path / "none"], "does not exist"), ([tmp_path / "empty"], "holds no log"), ([], "give ")):
+    for paths, words in (([tmp_path / "no"], "does not exist"), ([tmp_path / "empty"], "holds no log"), ([], "give ")):
         with pytest.raises(runs.LogError, match=words):
             runs.find_runs(paths)
     one = write(tmp_path / "one")
