@@ -15,9 +15,8 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "records")]
-from logs import LogError, Run, read_log  # noqa: E402
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent / "tools")]
+from runs import LogError, Run, read_log  # noqa: E402
 
 import train_gpt  # noqa: E402
 

@@ -88,7 +88,8 @@ def ratio_to_adamw(runs: list[Run], record: list[list[Run]]) -> float | None:
 
 def table(rows: list[dict]) -> list[str]:
     heads = list(rows[0])
-    return [f"| {' | '.join(map(str, row))} |" for row in [heads, ["---"] * len(heads), *(r.values() for r in rows)]]
+    cells = [[" ".join(str(cell).split()).replace("|", "/") for cell in row.values()] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *cells]]
 
 
 def change_of(runs: list[Run], first: list[Run], link: str) -> str:
@@ -125,13 +126,12 @@ def leaderboard(root: Path, here: Path, track: str, most: str = "") -> list[str]
 
 def record(root: Path, here: Path, name: str, *words: str) -> list[str]:
     folder, fields = root / "records" / name, [word for word in words if word != "show"]
-    keys = words[:words.index("show")] if fields else ()
     variants, plan, rows = group(read_record(folder)), read_plan(folder), []
     if plan:
         variants.sort(key=lambda runs: runs[0].side)
-    first = variants[0]
-    shown = variants
+    first, shown = variants[0], variants
     if fields:
+        keys = fields[:words.index("show")] if "show" in words else fields
         values = {}
         for runs in variants:
             values.setdefault(tuple(runs[0].config.get(key) for key in keys), []).append(runs)
