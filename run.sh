@@ -11,7 +11,7 @@ cd "$(dirname "$0")"
 python=${PYTHON:-} base='' requirements=requirements.txt
 [ "${1:-}" != env ] || requirements=$2
 has_pins='import sys, importlib.metadata, packaging.requirements
-pins = map(packaging.requirements.Requirement, sys.stdin)
+pins = map(packaging.requirements.Requirement, sys.stdin.read().splitlines())
 pins = [pin for pin in pins if pin.marker is None or pin.marker.evaluate()]
 sys.exit(not all(importlib.metadata.version(pin.name) in pin.specifier for pin in pins))'
 for candidate in python python3 .venv/bin/python python3.13 python3.12 python3.11 python3.10; do

@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -87,3 +88,11 @@ def losses(log: Path) -> dict[tuple[str, int], str]:
     for step, kind, loss in re.findall(r"^step:(\d+)/\d+ (train|val)_loss:(\S+)", (log / "log.txt").read_text(), re.M):
         assert found.setdefault((kind, int(step)), loss) == loss, f"step {step} has {kind} losses {loss} and another"
     return found
+
+
+def wait_for(path: Path, pattern: str, seconds: float = 60) -> None:
+    """Waits until the file has a line that matches."""
+    end = time.monotonic() + seconds
+    while not (path.exists() and re.search(pattern, path.read_text(), re.MULTILINE)):
+        assert time.monotonic() < end, f"no line of {path} matches {pattern} within {seconds} s"
+        time.sleep(0.02)
