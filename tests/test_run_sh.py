@@ -23,7 +23,7 @@ ADDED = """
 torch.cuda.device_count = lambda: int(os.environ.get("GPUS", 0))
 torch.cuda.get_device_properties = lambda i: SimpleNamespace(major=8, total_memory=float(os.environ["BYTES"]))
 TRACKS["mine"] = dict(prepare="data/mine.py own/1.bin", train_files="own/*.bin", val_files="own/*.bin", vocab_size=257)
-"""
+if __name__"""
 MINE = """import numpy, shards, sys
 with shards.ShardWriter(sys.argv[1], 257) as shard:
     shard.write(numpy.random.default_rng(0).integers(0, 97, 2100).astype("<u2"))"""
@@ -40,7 +40,7 @@ def clone(tmp_path):
     shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".*", "*.bin", "records", "tests", "logs"))
     script(clone / "fake", FAKE)
     script(clone / "data/mine.py", MINE)
-    script(clone / "train_gpt.py", (ROOT / "train_gpt.py").read_text().replace("\nif __name__", ADDED + "\nif __name__"))
+    script(clone / "train_gpt.py", (ROOT / "train_gpt.py").read_text().replace("\nif __name__", ADDED))
     return clone
 
 
@@ -57,8 +57,7 @@ def result(clone, *arguments, **variables) -> tuple[int, str, list[str]]:
 
 TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node="
 ONE_OF_TWO = "-m torch.distributed.run --nnodes=2 --node_rank=1 --master_addr=a --master_port=99 --nproc_per_node=8 "
-NODES = dict(NNODES="2", NODE_RANK="1", MASTER_ADDR="a", MASTER_PORT="99")
-EIGHT = dict(GPUS="8", BYTES="80e9")
+EIGHT, NODES = dict(GPUS="8", BYTES="80e9"), dict(NNODES="2", NODE_RANK="1", MASTER_ADDR="a", MASTER_PORT="99")
 
 
 def steps(track: str, launched: str) -> list[str]:
@@ -75,7 +74,7 @@ def steps(track: str, launched: str) -> list[str]:
         TORCHRUN + "2 train_gpt.py tiny --train_files m*.bin --val_files=v.bin --run_id r --log_dir a",
         "tools/plot.py a/r", "run.sh: the run is complete, but its plot could not be drawn"]),
     ("--resume logs/new", EIGHT, 0, [
-        "data/shards.py verify t t v v", TORCHRUN + "8 train_gpt.py --resume logs/new", "tools/plot.py logs/new"]),
+        "data/shards.py verify t t v", TORCHRUN + "8 train_gpt.py --resume logs/new", "tools/plot.py logs/new"]),
     ("tiny", dict(FAILS="verify"), 1, [*steps("tiny", "")[:2], "bad: y"]),
     ("tiny", dict(FAILS="train_gpt"), 3, steps("tiny", "train_gpt.py tiny")[:-1]),
     ("large", {}, 1, ["error: track large: give small or tiny or mine"]),
@@ -85,7 +84,7 @@ def steps(track: str, launched: str) -> list[str]:
     pytest.param("", dict(GPUS="1", BYTES="20e9"), 0, steps("small", "train_gpt.py small"), marks=pytest.mark.slow)])
 def test_what_it_runs(clone, arguments, variables, status, lines):
     (clone / "logs/new").mkdir(parents=True)
-    torch.save(dict(config=vars(train_gpt.Config(train_files="t t", val_files="v v"))), clone / "logs/new/checkpoint.pt")
+    torch.save(dict(config=vars(train_gpt.Config(train_files="t t", val_files="v"))), clone / "logs/new/checkpoint.pt")
     found, _, errors = result(clone, *arguments.split(), **variables)
     assert (found, [line.replace(f"{clone}/", "") for line in errors]) == (status, lines)
 
