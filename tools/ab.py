@@ -44,10 +44,6 @@ ENVIRONMENT = {"OMP_NUM_THREADS": None, "CUDA_VISIBLE_DEVICES": None, "GOMP_SPIN
 STOP_SECONDS = 40     # from SIGTERM to SIGKILL; torchrun takes 30 for its workers
 
 
-class PlanError(Exception):
-    """Arguments that cannot be used, or a crash that ends the experiment; the message names the remedy."""
-
-
 # The plan: all that is fixed before the first run.
 
 def parse_spec(spec: str, program: str) -> tuple[str, list[str]]:
@@ -55,12 +51,12 @@ def parse_spec(spec: str, program: str) -> tuple[str, list[str]]:
     try:
         words = shlex.split(spec)
     except ValueError as error:
-        raise PlanError(f"{spec!r}: {error}; give a program, or none, and then '--field value' pairs") from None
+        raise LogError(f"{spec!r}: {error}; give a program, or none, and then '--field value' pairs") from None
     if words and not words[0].startswith("-"):
         program = words.pop(0)
     for word in words:
         if word.split("=")[0] in OWN_FIELDS:
-            raise PlanError(f"{spec!r}: leave {word} out; each run gets its own from ab.py, and starts at step 0")
+            raise LogError(f"{spec!r}: leave {word} out; each run gets its own from ab.py, and starts at step 0")
     return program, words
 
 
@@ -81,35 +77,36 @@ def read_program(program: str) -> bytes:
             return subprocess.check_output(["git", "-C", str(ROOT), "show", f"{revision}:./train_gpt.py"])
         return Path(program).read_bytes()
     except (OSError, subprocess.CalledProcessError) as error:
-        raise PlanError(f"{program}: {error}; name a program, git:REVISION, or only fields: '--lr 0.003'") from None
+        raise LogError(f"{program}: {error}; name a program, git:REVISION, or only fields: '--lr 0.003'") from None
 
 
 def make_plan(args: argparse.Namespace) -> dict:
-    """Returns the plan that follows from the command line; raises PlanError where that makes no sense."""
+    """Returns the plan that follows from the command line; raises LogError where that makes no sense."""
     for name, good, remedy in (
+            ("fields", not parse_spec(args.fields, "")[0], "must begin with '--'; a program belongs into a SPEC"),
             ("seeds", args.seeds and len({*args.seeds}) == len(args.seeds), "give a number above 0, or a list as 3,4"),
             ("alpha", 0 < args.alpha < 1, "must lie between 0 and 1, such as 0.05"),
             ("candidate", len(args.candidate) < 26, "there are letters for 25")):
         if not good:
-            raise PlanError(f"--{name} {getattr(args, name)}: {remedy}")
-    runs = []
-    for block, seed in enumerate(args.seeds):
-        names = [f"{block:02}_{letter}_seed{seed}" for letter in string.ascii_uppercase[:1 + len(args.candidate)]]
-        runs += reversed(names) if block % 2 else names
-    return dict(
+            raise LogError(f"--{name} {getattr(args, name)}: {remedy}")
+    plan = dict(
         metric=args.metric, alpha=args.alpha, alpha_each=args.alpha / len(args.candidate), track=args.track,
         fields=args.fields, seeds=args.seeds, nproc=args.nproc, baseline=args.baseline, candidates=args.candidate,
-        environment={name: os.environ.get(name, default) for name, default in ENVIRONMENT.items()}, runs=runs)
+        environment={name: os.environ.get(name, default) for name, default in ENVIRONMENT.items()}, runs=[])
+    for block, seed in enumerate(args.seeds):
+        names = [f"{block:02}_{letter}_seed{seed}" for letter in parse_variants(plan)]
+        plan["runs"] += reversed(names) if block % 2 else names
+    return plan
 
 
 def fix_plan(out: Path, plan: dict) -> None:
-    """Copies the programs and writes plan.json; where it is there, raises PlanError if it, or a copy, has changed."""
+    """Copies the programs and writes plan.json; where it is there, raises LogError if it, or a copy, has changed."""
     path, new = out / "plan.json", not (out / "plan.json").exists()
     copies = {out / f"source_{letter}.py": program for letter, (program, _) in parse_variants(plan).items()}
     if new:
         strangers = {*out.iterdir()} - {*copies, out / "lock", out / "plan.json.part"}
         if strangers:
-            raise PlanError(f"{out} has no plan.json, but holds {strangers.pop().name}; name a new folder")
+            raise LogError(f"{out} has no plan.json, but holds {strangers.pop().name}; name a new folder")
         for copy, program in copies.items():
             copy.write_bytes(read_program(program))
     hashes = {copy.name: hashlib.sha256(copy.read_bytes()).hexdigest() for copy in copies if copy.exists()}
@@ -121,13 +118,13 @@ def fix_plan(out: Path, plan: dict) -> None:
 
     try:
         then = json.loads(path.read_text(encoding="utf-8"))
-        different = [f"{name}: {then.get(name)!r} there, {plan.get(name)!r} now" for name in {**plan, **then}
-                     if then.get(name) != plan.get(name)]
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise PlanError(f"{path} is damaged ({error}); name another OUT") from None
+        different = [name for name in {**plan, **then} if then.get(name) != plan.get(name)]
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise LogError(f"{path} is damaged ({error}); name another OUT") from None
+    told = "; ".join(f"{name}: {then.get(name)!r} there, {plan.get(name)!r} now" for name in different[:2])
     if different:
-        raise PlanError(f"{path} differs from this command line: {printable('; '.join(different))}. Give the arguments "
-                        f"that it has, undo what was edited in {out}, or name another OUT")
+        raise LogError(f"{path} differs from this command line: {printable(told)}. Give the arguments that it has, undo "
+                       f"what was edited in {out}, or name another OUT")
 
 
 # The runs.
@@ -136,9 +133,9 @@ def finished(folder: Path) -> Run | None:
     """Returns the run in the folder, where its log has the validation loss of its last step."""
     try:
         run = read_log(folder / "log.txt")
+        return run if run.finished else None
     except LogError:
         return None
-    return run if run.finished else None
 
 
 def make_command(out: Path, plan: dict, name: str) -> list[str]:
@@ -166,10 +163,10 @@ def run_program(folder: Path, command: list[str], environment: dict, lock) -> in
                                    stdout=console, stderr=console, start_new_session=True, pass_fds=[lock.fileno()])
     try:
         return process.wait()
-    except SystemExit:
+    except KeyboardInterrupt:
         print("stopping the run", file=sys.stderr)
         for number in (signal.SIGTERM, signal.SIGKILL):     # the second after a while, or on a second Ctrl-C
-            with contextlib.suppress(ProcessLookupError, PermissionError, subprocess.TimeoutExpired, SystemExit):
+            with contextlib.suppress(ProcessLookupError, PermissionError, subprocess.TimeoutExpired, KeyboardInterrupt):
                 os.killpg(process.pid, number)
                 process.wait(STOP_SECONDS)
                 break
@@ -177,19 +174,18 @@ def run_program(folder: Path, command: list[str], environment: dict, lock) -> in
 
 
 def report_crash(console: Path, name: str, status: int) -> None:
-    """Prints the last lines of a run that crashed; raises PlanError where it is the baseline's."""
+    """Prints the last lines of a run that crashed; raises LogError where it is the baseline's."""
     lines = console.read_text(errors="replace").splitlines()[-10:]
     print(f"{name}  crashed, exit status {status}; the end of {console}:")
     print(printable("\n".join(f"    {line}" for line in lines)))
     if "_A_" in name:
-        raise PlanError("the baseline crashed, see above; the same command tries again, another plan needs another OUT")
+        raise LogError("the baseline crashed, see above; the same command tries again, another plan needs another OUT")
 
 
 def experiment(out: Path, plan: dict, lock) -> int:
     """Runs what the plan has and is not finished, and prints the verdicts; returns the exit status."""
-    letters = string.ascii_uppercase[:1 + len(plan["candidates"])]
-    runs, crashed, seconds = {letter: [] for letter in letters}, {letter: [] for letter in letters}, []
-    total = len(plan["runs"])
+    letters, total, seconds = [*parse_variants(plan)], len(plan["runs"]), []
+    runs, crashed = {letter: [] for letter in letters}, {letter: [] for letter in letters}
     for number, name in enumerate(plan["runs"], 1):
         letter, run, note = name.split("_")[1], finished(out / name), "finished before"
         if not run:
@@ -233,10 +229,7 @@ def main() -> int:
     parser.add_argument("--nproc", type=int, default=1, help="processes, or GPUs, of a run (default: 1)")
     args = parser.parse_args()
 
-    def leave(number, frame):
-        raise SystemExit(128 + number)
-    signal.signal(signal.SIGINT, leave)
-    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)     # as Ctrl-C
     sys.stdout.reconfigure(line_buffering=True)
     try:
         plan, out = make_plan(args), args.out.resolve()
@@ -250,11 +243,10 @@ def main() -> int:
         fix_plan(out, plan)
         print(f"plan: {len(plan['runs'])} runs in {out}, named BLOCK_VARIANT_SEED; alpha {plan['alpha_each']:g} each")
         return experiment(out, plan, lock)
-    except (PlanError, LogError, OSError) as error:
+    except (LogError, OSError) as error:
         sys.exit(f"ab.py: {error}")
-    except SystemExit:
-        print("ab.py: stopped; the same command goes on from here", file=sys.stderr)
-        raise
+    except KeyboardInterrupt:
+        sys.exit("ab.py: stopped; the same command goes on from here")
 
 
 if __name__ == "__main__":
