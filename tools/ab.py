@@ -9,14 +9,12 @@ it takes that of the baseline, and the baseline takes the repository's train_gpt
 '-' needs '=': --candidate=--lr=0.003. The candidate "" is the baseline again, which shows what chance does.
 
 Block i runs each variant once with seed i, and every second block is in reversed order (A B B A), so that a drift of
-the machine meets all variants alike. Each run is a new process, with the repository as its working directory, of a
-copy of the program that is made at the start: later edits change nothing. OUT holds plan.json, which is all that was
-fixed before the first run, the copies (source_A.py), and a folder for each run (00_A_seed0).
+the machine meets all variants alike. Each run is a new process in the repository's folder. OUT holds plan.json, all
+that is fixed before the first run; copies of the programs, so that later edits change nothing; and a folder per run.
 
 After Ctrl-C, a kill or a crash, the same command goes on where it stopped: what finished is not run again, and what
 did not moves to OUT/aside and starts anew. A crash of the baseline ends the experiment, one of a candidate does not.
-The exit status is 0 where all runs finished. Several candidates have equal shares of alpha (Bonferroni), so that it is
-the chance of any wrong 'faster' or 'slower'.
+The exit status is 0 where all runs finished. With several candidates, each has an equal share of alpha (Bonferroni).
 """
 
 import argparse
@@ -39,9 +37,7 @@ from compare import METRICS, compare, report
 from runs import ROOT, LogError, Run, printable, read_log
 
 OWN_FIELDS = ("--seed", "--log_dir", "--run_id", "--resume")      # not for a SPEC: they differ from run to run
-# What runs depend on besides their commands, with what they get where it is not set (bench/README.md on the last).
-ENVIRONMENT = {"OMP_NUM_THREADS": None, "CUDA_VISIBLE_DEVICES": None, "GOMP_SPINCOUNT": "10000"}
-STOP_SECONDS = 40     # from SIGTERM to SIGKILL; torchrun takes 30 for its workers
+ENVIRONMENT = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "CUDA_VISIBLE_DEVICES")     # the same for all runs
 
 
 # The plan: all that is fixed before the first run.
@@ -92,7 +88,7 @@ def make_plan(args: argparse.Namespace) -> dict:
     plan = dict(
         metric=args.metric, alpha=args.alpha, alpha_each=args.alpha / len(args.candidate), track=args.track,
         fields=args.fields, seeds=args.seeds, nproc=args.nproc, baseline=args.baseline, candidates=args.candidate,
-        environment={name: os.environ.get(name, default) for name, default in ENVIRONMENT.items()}, runs=[])
+        environment={name: os.environ.get(name) for name in ENVIRONMENT}, runs=[])
     for block, seed in enumerate(args.seeds):
         names = [f"{block:02}_{letter}_seed{seed}" for letter in parse_variants(plan)]
         plan["runs"] += reversed(names) if block % 2 else names
@@ -101,7 +97,8 @@ def make_plan(args: argparse.Namespace) -> dict:
 
 def fix_plan(out: Path, plan: dict) -> None:
     """Copies the programs and writes plan.json; where it is there, raises LogError if it, or a copy, has changed."""
-    path, new = out / "plan.json", not (out / "plan.json").exists()
+    path = out / "plan.json"
+    new = not path.exists()
     copies = {out / f"source_{letter}.py": program for letter, (program, _) in parse_variants(plan).items()}
     if new:
         strangers = {*out.iterdir()} - {*copies, out / "lock", out / "plan.json.part"}
@@ -123,8 +120,8 @@ def fix_plan(out: Path, plan: dict) -> None:
         raise LogError(f"{path} is damaged ({error}); name another OUT") from None
     told = "; ".join(f"{name}: {then.get(name)!r} there, {plan.get(name)!r} now" for name in different[:2])
     if different:
-        raise LogError(f"{path} differs from this command line: {printable(told)}. Give the arguments that it has, undo "
-                       f"what was edited in {out}, or name another OUT")
+        raise LogError(f"{path} differs from this command line: {printable(told)}. Give the arguments that it has, "
+                       f"undo what was edited in {out}, or name another OUT")
 
 
 # The runs.
@@ -147,7 +144,7 @@ def make_command(out: Path, plan: dict, name: str) -> list[str]:
             "--seed", str(plan["seeds"][int(block)]), "--log_dir", str(out), "--run_id", name]
 
 
-def run_program(folder: Path, command: list[str], environment: dict, lock) -> int:
+def run_program(folder: Path, command: list[str], lock) -> int:
     """Runs a command, whose output goes into the folder, and returns its exit status."""
     if folder.exists():
         place = folder.parent / "aside" / f"{folder.name}_{time.time_ns()}"
@@ -155,11 +152,10 @@ def run_program(folder: Path, command: list[str], environment: dict, lock) -> in
         folder.rename(place)
         print(f"{folder.name}  did not finish: it is now in {place}, and starts again")
     folder.mkdir()
-    given = {name: value for name, value in environment.items() if value is not None}
     # The copies may lie in a repository whose commit is not theirs: git must not find it, and logs say 'git none'.
-    given["GIT_CEILING_DIRECTORIES"] = str(folder.parent.parent)
+    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent.parent)}
     with open(folder / "console.txt", "wb") as console:
-        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **given}, stdin=subprocess.DEVNULL,
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
                                    stdout=console, stderr=console, start_new_session=True, pass_fds=[lock.fileno()])
     try:
         return process.wait()
@@ -168,7 +164,7 @@ def run_program(folder: Path, command: list[str], environment: dict, lock) -> in
         for number in (signal.SIGTERM, signal.SIGKILL):     # the second after a while, or on a second Ctrl-C
             with contextlib.suppress(ProcessLookupError, PermissionError, subprocess.TimeoutExpired, KeyboardInterrupt):
                 os.killpg(process.pid, number)
-                process.wait(STOP_SECONDS)
+                process.wait(40)     # torchrun takes 30 for its workers
                 break
         raise
 
@@ -191,7 +187,7 @@ def experiment(out: Path, plan: dict, lock) -> int:
         if not run:
             fix_plan(out, plan)     # nothing may have been edited meanwhile
             start = time.monotonic()
-            status = run_program(out / name, make_command(out, plan, name), plan["environment"], lock)
+            status = run_program(out / name, make_command(out, plan, name), lock)
             run = finished(out / name)
             if not run:
                 report_crash(out / name / "console.txt", name, status)
@@ -229,6 +225,7 @@ def main() -> int:
     parser.add_argument("--nproc", type=int, default=1, help="processes, or GPUs, of a run (default: 1)")
     args = parser.parse_args()
 
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")              # as run.sh; see bench/README.md
     signal.signal(signal.SIGTERM, signal.default_int_handler)     # as Ctrl-C
     sys.stdout.reconfigure(line_buffering=True)
     try:
@@ -246,7 +243,8 @@ def main() -> int:
     except (LogError, OSError) as error:
         sys.exit(f"ab.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("ab.py: stopped; the same command goes on from here")
+        print("ab.py: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
