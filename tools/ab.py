@@ -69,8 +69,8 @@ def read_program(program: str) -> bytes:
     """Returns the program in a file, or the train_gpt.py of git:REVISION."""
     try:
         if program.startswith("git:"):
-            revision = program.removeprefix("git:")
-            return subprocess.check_output(["git", "-C", str(ROOT), "show", f"{revision}:./train_gpt.py"])
+            file = program.removeprefix("git:") + ":./train_gpt.py"
+            return subprocess.check_output(["git", "-C", str(ROOT), "show", file])
         return Path(program).read_bytes()
     except (OSError, subprocess.CalledProcessError) as error:
         raise LogError(f"{program}: {error}; name a program, git:REVISION, or only fields: '--lr 0.003'") from None
@@ -97,8 +97,7 @@ def make_plan(args: argparse.Namespace) -> dict:
 
 def fix_plan(out: Path, plan: dict) -> None:
     """Copies the programs and writes plan.json; where it is there, raises LogError if it, or a copy, has changed."""
-    path = out / "plan.json"
-    new = not path.exists()
+    path, new = out / "plan.json", not (out / "plan.json").exists()
     copies = {out / f"source_{letter}.py": program for letter, (program, _) in parse_variants(plan).items()}
     if new:
         strangers = {*out.iterdir()} - {*copies, out / "lock", out / "plan.json.part"}
