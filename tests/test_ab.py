@@ -154,16 +154,17 @@ def test_edits_are_refused(start, tmp_path, name, edit, words):
 
 @pytest.mark.parametrize("how", ["SIGKILL both", "SIGKILL ab", "SIGKILL trainer", "SIGTERM ab", "SIGINT ab"])
 def test_a_kill_and_a_restart_end_as_if_undisturbed(start, repository, tmp_path, how):
-    """In the third of four runs. No finished run is repeated; the unfinished one is put aside and run again."""
+    """In the third of four runs. A run that a killed ab.py left is waited for; else it is put aside, and run again."""
     control, out, (number, whom) = tmp_path / "control", tmp_path / "out", how.split()
-    arguments = ["--seeds", "2", "--fields", f"--control {control}", "--candidate", "--lr 0.003"]
-    command = [sys.executable, repository / "tools/ab.py", out, "--metric", "final_loss", *arguments]
     control.write_text("")
+    arguments = ["--seeds", "2", "--fields", f"--control {control}", "--candidate", "--lr 0.003"]
     undisturbed = start(*arguments, out=tmp_path / "undisturbed")[1].split("\n\n")[1:]
+
     control.write_text("01_B_seed1 hold\n")
+    held = out / "01_B_seed1/held"
+    command = [sys.executable, repository / "tools/ab.py", out, "--metric", "final_loss", *arguments]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        held = out / "01_B_seed1/held"
         while not (held.exists() and held.read_text().endswith("\n")):
             assert first.poll() is None, first.stdout.read()
             time.sleep(0.02)
@@ -172,21 +173,104 @@ def test_a_kill_and_a_restart_end_as_if_undisturbed(start, repository, tmp_path,
             first.send_signal(getattr(signal, number))
         if whom != "ab":
             os.kill(trainer, signal.SIGKILL)
-        printed = first.communicate(timeout=60)[0] if how != "SIGKILL ab" else first.wait()
-        assert first.returncode == {"SIGKILL both": -9, "SIGKILL ab": -9, "SIGKILL trainer": 1}.get(how, 130)
+        printed = first.communicate(timeout=60)[0]
+        if number == "SIGKILL":
+            assert first.returncode == (1 if whom == "trainer" else -9)
+            assert ("01_B_seed1  crashed, exit status -9" in printed) == (whom == "trainer")
+        else:
+            assert first.returncode == 130 and "the same command goes on from here" in printed
+            with pytest.raises(ProcessLookupError):
+                os.kill(trainer, 0)
+        second = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         left = how == "SIGKILL ab"
-        second = subprocess.Popen(command, stdout=subprocess.PIPE, text=True) if left else None
-        if left:
-            assert second.stdout.readline().startswith("waiting for the end of another ab.py, or of a run that")
+        assert second.stdout.readline().startswith("waiting for the end of another ab.py, or of" if left else "plan: ")
     finally:
         control.write_text("")     # ends a run that is still there
         first.kill()
-    if not left:
-        with pytest.raises(ProcessLookupError):
-            os.kill(trainer, 0)
-    status, printed = (0, second.communicate(timeout=60)[0]) if left else start(*arguments)
-    assert status == 0 and printed.split("\n\n")[1:] == undisturbed, printed
+    printed = second.communicate(timeout=60)[0]
+    assert second.returncode == 0 and printed.split("\n\n")[1:] == undisturbed
     assert [run.name for run in find_runs([out])[0]] == sorted(ORDER)
-    repeated = 0 if left else 1
-    assert len(list((out / "aside").glob("01_B_seed1_*/held"))) == repeated and not held.exists() >= repeated
-    assert sorted(calls(out)) == sorted(ORDER + ["01_B_seed1"] * repeated)
+    assert sorted(calls(out)) == sorted(ORDER + ["01_B_seed1"] * (not left))
+    assert held.exists() == left != any(out.glob("aside/01_B_seed1_*/held"))
+
+
+def test_crashes(start, tmp_path):
+    """B crashes in two blocks, and then A: B's is shown and costs C nothing, A's ends it; a restart runs them again."""
+    control, out = tmp_path / "control", tmp_path / "out"
+    arguments = ["--seeds", "3", "--fields", f"--control {control}", "--candidate", "--lr 0.004",
+                 "--candidate", "--lr 0.003"]
+    order = [f"{block:02}_{letter}_seed{block}" for block, letters in enumerate(("ABC", "CBA", "ABC")) for letter in letters]
+    control.write_text("00_B_seed0 crash\n01_B_seed1 crash\n02_A_seed2 crash\n")
+    status, printed = start(*arguments)
+    assert status.startswith("ab.py: the baseline crashed") and calls(out) == order[:7]
+    assert f"00_B_seed0  crashed, exit status 1; the end of {out}/00_B_seed0/console.txt:\n    11\n" in printed
+    assert "    19\n    ValueError: ?[2Ja crash asked for\n01" not in printed and "\x1b" not in printed
+
+    control.write_text("01_B_seed1 crash\n")
+    status, printed = start(*arguments)
+    assert status == 1 and calls(out)[7:] == ["00_B_seed0", "01_B_seed1", *order[6:]]
+    verdicts = re.findall(r"^verdict: .*", printed, re.M)
+    assert verdicts[0] == "verdict: inconclusive (B crashed: 01_B_seed1)"
+    assert verdicts[1].startswith("verdict: faster (C's loss is 0.5") and len(verdicts) == 2
+
+
+def test_programs_from_git_and_files(start, repository, tmp_path):
+    """A as edited, B from a commit, C a file with a field; their logs do not claim a commit."""
+    git = ["git", "-C", repository, "-c", "user.name=x", "-c", "user.email=x@x"]
+    for arguments in (["init", "-q"], ["add", "train_gpt.py"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *arguments], check=True)
+    (repository / "train_gpt.py").write_text(FAKE + "# edited\n")
+    (repository / "my tweak.py").write_text(FAKE.replace("3 - 500", "2 - 500"))
+    out = repository / "logs/out"
+    status, printed = start("--seeds", "2", "--baseline", "train_gpt.py --lr 0.002", "--candidate", "git:HEAD",
+                            "--candidate", "'my tweak.py' --lr 0.0021", out=out)
+    assert status == 0 and "C's loss is 1.0" in printed
+    assert re.search(r"C, .*\nmetric.*\nchange: lr 0.002 -> 0.0021; source ", printed)
+    runs = [read_log(out / f"00_{letter}_seed0") for letter in "ABC"]
+    assert [run.source for run in runs[:2]] == [FAKE + "# edited\n", FAKE] and {run.git for run in runs} == {"none"}
+    assert "git:nowhere: " in start("--candidate", "git:nowhere", out=tmp_path / "other")[0]
+
+
+def test_several_processes(start, tmp_path, monkeypatch):
+    """An interpreter that notes what torchrun is asked for, and starts the trainer once."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/launched\nshift 4\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert start("--nproc", "2", "--seeds", "1", "--candidate", "--lr 0.003")[0] == 0
+    assert (tmp_path / "launched").read_text().splitlines()[1] == (
+        f"-m torch.distributed.run --standalone --nproc_per_node=2 {tmp_path}/out/source_B.py tiny --lr 0.003 --seed 0 "
+        f"--log_dir {tmp_path}/out --run_id 00_B_seed0")
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--candidate", "nowhere.py"], "nowhere.py: .*No such file"),
+    (["--candidate", "--seed 3"], "leave --seed out"),
+    (["--candidate", "", "--fields", "--run_id=x --lr 1"], "leave --run_id=x out"),
+    (["--candidate", "'a"], "No closing quotation"),
+    (["--candidate", "", "--fields", "small"], "--fields small: must begin with '--'"),
+    (["--candidate", "", "--seeds", "0"], r"--seeds \[\]: give"),
+    (["--candidate", "", "--seeds", "3,3"], r"--seeds \[3, 3\]: give"),
+    (["--candidate", "", "--alpha", "5"], "--alpha 5.0: must lie"),
+    ([x for _ in range(26) for x in ("--candidate", "")], "letters for 25"),
+])
+def test_bad_input(start, tmp_path, arguments, words):
+    assert re.search(words, start(*arguments)[0]) and not (tmp_path / "out/plan.json").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(start, tmp_path):
+    (tmp_path / "out/run").mkdir(parents=True)
+    assert "has no plan.json, but holds run; name a new folder" in start("--candidate", "")[0]
+
+
+def test_the_real_trainer_by_the_command_of_the_readme(text, tmp_path):
+    tweak, out = tmp_path / "tweak.py", tmp_path / "logs/tweak"
+    tweak.write_text((ROOT / "train_gpt.py").read_text() + "# edited\n")
+    command = ["tools/ab.py", out, "--metric", "final_loss", "--seeds", "1", "--candidate", f"{tweak} --lr 0.00317",
+               "--fields", shlex.join([*SMALL, *text, "--num_steps", "2", "--val_every", "0"])]
+    result = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"^00_B_seed0  loss \d\.\d{4}  \d+\.\d\d s  run 2 of 2, about 0:00:00 left$", result.stdout, re.M)
+    assert re.search("^change: .*lr .* -> 0.00317.*; source ", result.stdout, re.M)
+    assert result.stdout.splitlines()[-1] == "verdict: inconclusive (too few runs)"
+    assert read_log(out / "00_B_seed0").source == tweak.read_text()
