@@ -1,4 +1,4 @@
-"""tools/ab.py: order, going on after a kill, crashes and edits, with a trainer that only writes a log."""
+"""tools/ab.py: order, going on after a kill, crashes and edits, with fake_trainer.py and once with the real one."""
 
 import json
 import os
@@ -17,33 +17,7 @@ import pytest
 from conftest import ROOT, SMALL, environment
 from runs import find_runs, read_log
 
-# Its loss falls with --lr, by far more than its noise. --control names a file: runs in it `crash`, or `hold` while it
-# says so.
-TRAINER = '''
-import hashlib, json, os, sys, time
-from pathlib import Path
-
-c = dict(track=sys.argv[1], num_steps=4, batch_tokens=8, target=9.0, lr=0.002, seed=0, control="/dev/null")
-for name, value in zip(sys.argv[2::2], sys.argv[3::2]):
-    c[name[2:]] = type(c.get(name[2:], ""))(value)
-folder, control = Path(c["log_dir"], c["run_id"]), Path(c["control"])
-assert os.listdir(folder) == ["console.txt"]     # nothing of another run
-with open(folder.parent / "calls.txt", "a") as calls:
-    print(c["run_id"], os.getpid(), os.environ.get("OMP_NUM_THREADS"), os.environ["GOMP_SPINCOUNT"], file=calls)
-print(*range(20), sep="\\n", flush=True)
-if c["run_id"] + " crash" in control.read_text():
-    sys.exit("ValueError: \\x1b[2Ja crash asked for")
-source, log = Path(__file__).read_text(), open(folder / "log.txt", "w")
-sha256 = hashlib.sha256(source.encode()).hexdigest()
-git = os.popen(f"git -C {Path(__file__).parent} describe --always 2>/dev/null || echo none").read().strip()
-print(source + "=" * 100, f"run folder: {folder}", f"source: sha256 {sha256}, git {git}", f"config: {json.dumps(c)}",
-      sep="\\n", file=log, flush=True)
-while c["run_id"] + " hold" in control.read_text():
-    (folder / "held").write_text(f"{os.getpid()}\\n")
-    time.sleep(0.02)
-noise = (c["seed"] * 7919 + round(c["lr"] * 1e6) * 31) % 13
-print(f"step:4/4 val_loss:{3 - 500 * (c['lr'] - 0.002) + noise / 1000} train_time:{100_000 + 40 * noise}ms", file=log)
-'''
+TRAINER = (ROOT / "tests/fake_trainer.py").read_text()
 CANDIDATE = ["--candidate", "--lr 0.003"]
 ORDER = ["00_A_seed0", "00_B_seed0", "01_B_seed1", "01_A_seed1"]
 
@@ -57,14 +31,13 @@ def start(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("GOMP_SPINCOUNT")
 
     def start(*arguments, out=tmp_path / "out"):
-        words = [str(out), "--metric", "final_loss", "--baseline", f"{tmp_path}/trainer.py", *arguments]
-        monkeypatch.setattr(sys, "argv", ["ab.py", *words])
+        options = ["--metric", "final_loss", "--baseline", f"{tmp_path}/trainer.py", *arguments]
+        monkeypatch.setattr(sys, "argv", ["ab.py", str(out), *options])
         try:
             status = ab.main()
         except SystemExit as error:
             status = error.code
-        captured = capsys.readouterr()
-        return status, captured.out + captured.err
+        return status, "".join(capsys.readouterr())
 
     return start
 
@@ -93,9 +66,8 @@ def test_order_verdicts_and_a_second_start(start, tmp_path, monkeypatch, capsys)
         assert f"\n{line}" in printed
 
     verdicts = printed.split("\n\n")[1:]
-    assert re.match("B, --lr 0.003, against A:\nmetric: final_loss, alpha 0.025\nchange: lr (.*\n)*verdict: faster",
-                    verdicts[0])
-    assert re.match("C, the baseline again, against A:\n(.*\n)*verdict: inconclusive [(]p = 1", verdicts[1])
+    assert verdicts[0].startswith("B, --lr 0.003, against A:\n") and "verdict: faster (B's loss is 0.9" in verdicts[0]
+    assert verdicts[1].startswith("C, the baseline again, against A:") and "verdict: inconclusive (p = 1" in verdicts[1]
     monkeypatch.setattr(sys, "argv", ["compare.py", str(out)])
     pytest.raises(SystemExit, compare.main)
     assert capsys.readouterr().out.split("\n\n")[:2] == [text.split(":\n", 1)[1].strip() for text in verdicts]
@@ -112,10 +84,9 @@ def test_another_plan_and_edits_are_refused(start, tmp_path, monkeypatch):
     start(*arguments)
     shutil.rmtree(out / "00_B_seed0")
     for option, value, words in (
-            ("metric", "loss_at_time", "metric: 'final_loss' there, 'loss_at_time' now"), ("nproc", "2", "nproc: 1 there"),
-            ("alpha", "0.01", "alpha: 0.05 there, 0.01"), ("candidate", "", "candidates: ['--lr 0.003'] there"),
-            ("track", "x", "track: 'tiny' there"), ("seeds", "2", "seeds: [0] there, [0, 1] now"),
-            ("fields", "", "fields: '--lr 0.001' there"), ("baseline", "--lr 1", "baseline: ")):
+            ("metric", "loss_at_time", "metric: 'final_loss' there, 'loss_at_time' now"), ("nproc", "2", "nproc: 1"),
+            ("candidate", "", "candidates: ['--lr 0.003'] there"), ("seeds", "2", "seeds: [0] there, [0, 1] now"),
+            ("baseline", "--lr 1", "baseline: "), ("fields", "", "fields: '--lr 0.001' there")):
         assert words in start(*arguments, f"--{option}", value)[0]
     for name, before, after, words in (
             ("plan.json", '"00_B', '"../00_B', "plan.json differs from this command line: runs: "),
@@ -130,6 +101,8 @@ def test_another_plan_and_edits_are_refused(start, tmp_path, monkeypatch):
     assert "environment: {'OMP_NUM_THREADS': '3'" in start(*arguments)[0]
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert calls(out) == ORDER[:2] and start(*arguments)[0] == 0
+    (out / "plan.json").unlink()
+    assert "has no plan.json, but holds " in start(*arguments)[0]
 
 
 @pytest.mark.parametrize("killed, number, status", [
@@ -181,7 +154,7 @@ def test_crashes(start, tmp_path):
     status, printed = start(*arguments)
     assert status == 1 and calls(out)[6:] == ["00_B_seed0", "01_B_seed1", "01_A_seed1"]
     verdicts = re.findall("^verdict: .*", printed, re.M)
-    assert verdicts[0] == "verdict: inconclusive (B crashed: 01_B_seed1)" and verdicts[1].startswith("verdict: faster (C")
+    assert verdicts[0] == "verdict: inconclusive (B crashed: 01_B_seed1)" and "faster (C's loss is 0.5" in verdicts[1]
 
 
 def test_programs_from_git_and_files(start, tmp_path, monkeypatch):
@@ -210,18 +183,13 @@ def test_several_processes(tmp_path):
     (["--fields", "--run_id=x --lr 1"], "leave --run_id=x out"),
     (["--candidate", "'a"], "No closing quotation"),
     (["--fields", "small"], "--fields small: must begin with '--'"),
-    (["--seeds", "0"], r"--seeds \[\]: give"),
-    (["--seeds", "3,3"], r"--seeds \[3, 3\]: give"),
+    (["--seeds", "0"], "--seeds .*: give"),
+    (["--seeds", "3,3"], "--seeds .3, 3.: give"),
     (["--alpha", "5"], "--alpha 5.0: must lie"),
     (25 * CANDIDATE, "letters for 25"),
 ])
 def test_bad_input(start, tmp_path, arguments, words):
     assert re.search(words, start(*CANDIDATE, *arguments)[0]) and not (tmp_path / "out/plan.json").exists()
-
-
-def test_a_folder_of_something_else_is_left_alone(start, tmp_path):
-    (tmp_path / "out/run").mkdir(parents=True)
-    assert "has no plan.json, but holds run; name a new folder" in start(*CANDIDATE)[0]
 
 
 def test_the_real_trainer_by_the_command_of_the_readme(text, tmp_path):
@@ -231,7 +199,6 @@ def test_the_real_trainer_by_the_command_of_the_readme(text, tmp_path):
                "--fields", shlex.join([*SMALL, *text, "--num_steps", "2", "--val_every", "0"])]
     result = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert re.search(r"^00_B_seed0  loss \d\.\d{4}  \d+\.\d\d s  run 2 of 2, about 0:00:00 left$", result.stdout, re.M)
     assert re.search("^change: .*lr .* -> 0.00317.*; source ", result.stdout, re.M)
     assert result.stdout.splitlines()[-1] == "verdict: inconclusive (too few runs)"
     assert read_log(out / "00_B_seed0").source == tweak.read_text()
