@@ -179,7 +179,7 @@ def test_several_processes():
     (["--fields", "--run_id=x --lr 1"], "leave --run_id=x out"),
     (["--candidate", "'a"], "No closing quotation"),
     (["--fields", "small"], "--fields small: must begin with '--'"),
-    (["--seeds", "0"], "--seeds .*: give"),
+    (["--seeds", "0"], "--seeds .*: give a number from 1 on"),
     (["--seeds", "3,3"], "--seeds .3, 3.: give"),
     (["--alpha", "5"], "--alpha 5.0: must lie"),
     (25 * CANDIDATE, "letters for 25"),

@@ -80,7 +80,7 @@ def make_plan(args: argparse.Namespace) -> dict:
     """Returns the plan that follows from the command line; raises LogError where that makes no sense."""
     for name, good, remedy in (
             ("fields", not parse_spec(args.fields, "")[0], "must begin with '--'; a program belongs into a SPEC"),
-            ("seeds", args.seeds and len({*args.seeds}) == len(args.seeds), "give a number above 0, or a list as 3,4"),
+            ("seeds", args.seeds and len({*args.seeds}) == len(args.seeds), "give a number from 1 on, or a list: 3,4"),
             ("alpha", 0 < args.alpha < 1, "must lie between 0 and 1, such as 0.05"),
             ("candidate", len(args.candidate) < 26, "there are letters for 25")):
         if not good:
@@ -206,7 +206,7 @@ def experiment(out: Path, plan: dict, lock) -> int:
     return 1 if any(crashed.values()) else 0
 
 
-def seed_list(text: str) -> list[int]:
+def seeds(text: str) -> list[int]:
     return [int(seed) for seed in text.split(",") if seed] if "," in text else list(range(int(text)))
 
 
@@ -219,7 +219,7 @@ def main() -> int:
     parser.add_argument("--baseline", default="", metavar="SPEC", help="(default: the repository's train_gpt.py)")
     parser.add_argument("--track", default="tiny", help="preset of all variants (default: tiny)")
     parser.add_argument("--fields", default="", help="for all variants, in one text: '--num_steps 200 ...'")
-    parser.add_argument("--seeds", type=seed_list, default="5", help="0 to N-1, or a list: 5,6,7 (default: 5)")
+    parser.add_argument("--seeds", type=seeds, default="5", help="0 to N-1, or a list: 5,6,7 (default: 5)")
     parser.add_argument("--alpha", type=float, default=0.05, help="accepted chance of a wrong verdict (default: 0.05)")
     parser.add_argument("--nproc", type=int, default=1, help="processes, or GPUs, of a run (default: 1)")
     args = parser.parse_args()
