@@ -52,13 +52,10 @@ def change(variants: list[list[Run]]) -> str:
 def command(plan: Path) -> str:
     """Returns the command of an experiment, from its plan."""
     told = json.loads(plan.read_text(encoding="utf-8"))
-    words = ["python", "tools/ab.py", "logs/again", "--metric", told["metric"], "--seeds",
-             ",".join(map(str, told["seeds"]))]
-    for option in ("fields", "baseline"):
-        words += [f"--{option}", told[option]] if told[option] else []
-    for candidate in told["candidates"]:
-        words += ["--candidate", candidate]
-    return shlex.join(words)
+    seeds = ",".join(map(str, told["seeds"])) + ("," if len(told["seeds"]) == 1 else "")
+    words = ["python", "tools/ab.py", "logs/again", f"--metric={told['metric']}", f"--seeds={seeds}"]
+    words += [f"--{option}={told[option]}" for option in ("fields", "baseline") if told[option]]
+    return shlex.join([*words, *(f"--candidate={candidate}" for candidate in told["candidates"])])
 
 
 def readme(name: str, record: str, runs: list[Run], told: str, several: bool) -> str:
