@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 import sys
 from pathlib import Path
 from statistics import stdev
@@ -75,7 +76,8 @@ def test_keep_an_experiment(root, tmp_path):
     assert rows[3][4].startswith(f"{mean:.1f} ± ") and rows[3][5] == "0.50"
     assert rows[3][6].startswith("faster (B takes 50.0%")
     assert rows[4][:2] == ["stopped", "5 and 1 stopped"] and rows[4][6].startswith("inconclusive (void")
-    assert "--candidate 'b.py --y '\"'\"'two words'\"'\"''" in readme
+    assert shlex.split(readme.split("```bash\n")[1].splitlines()[0])[3:] == [
+        "--metric=time_to_target", "--seeds=0,1,2,3,4,5", "--fields=--x 1", "--candidate=b.py --y 'two words'"]
     board = (root / "README.md").read_text().splitlines()[3:-1]
     cells = [line.strip("| ").split(" | ") for line in board]
     assert [row[0].split("]")[0] for row in cells] == ["[Muon", "[AdamW"]
