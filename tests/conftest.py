@@ -22,9 +22,14 @@ SMALL = ["--num_layers", "2", "--num_heads", "2", "--head_dim", "16", "--seq_len
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+    parser.addoption("--upstream", action="store_true", help="run the checks of this repository's own documents, too")
 
 
 def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--upstream"):
+        left_out = [item for item in items if "upstream" in item.keywords]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: ./test.sh --slow"))
@@ -79,13 +84,16 @@ def one_thread():
 def train(*arguments) -> int:
     """Runs train_gpt.main on this command line, in this process, and returns its exit status."""
     with one_thread():
-        return train_gpt.main([*map(str, arguments)])
+        try:
+            return train_gpt.main([*map(str, arguments)])
+        except SystemExit as stop:     # of argparse
+            return stop.code
 
 
 def losses(log: Path) -> dict[tuple[str, int], str]:
     """Returns {(train or val, step): loss as printed} of a run folder; a step logged twice must agree."""
     found = {}
-    for step, kind, loss in re.findall(r"^step:(\d+)/\d+ (train|val)_loss:(\S+)", (log / "log.txt").read_text(), re.M):
+    for step, kind, loss in re.findall(r"^step:(\d+)/\d+ (?:.* )?(train|val)_loss:(\S+)", (log / "log.txt").read_text(), re.M):
         assert found.setdefault((kind, int(step)), loss) == loss, f"step {step} has {kind} losses {loss} and another"
     return found
 
