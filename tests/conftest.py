@@ -92,8 +92,8 @@ def train(*arguments) -> int:
 
 def losses(log: Path) -> dict[tuple[str, int], str]:
     """Returns {(train or val, step): loss as printed} of a run folder; a step logged twice must agree."""
-    found = {}
-    for step, kind, loss in re.findall(r"^step:(\d+)/\d+ (?:.* )?(train|val)_loss:(\S+)", (log / "log.txt").read_text(), re.M):
+    found, pattern = {}, r"^step:(\d+)/\d+ (?:.* )?(train|val)_loss:(\S+)"
+    for step, kind, loss in re.findall(pattern, (log / "log.txt").read_text(), re.MULTILINE):
         assert found.setdefault((kind, int(step)), loss) == loss, f"step {step} has {kind} losses {loss} and another"
     return found
 

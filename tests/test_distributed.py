@@ -6,11 +6,10 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, command, environment
+from conftest import ROOT, SMALL, command, environment, wait_for
 from distributed_worker import steps
 
 
@@ -53,29 +52,17 @@ def test_the_ranks_share_the_orthogonalization(facts):
 @pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_run_with_a_message(text, tmp_path):
     """One of two ranks is stopped (SIGSTOP): the other says which collective it waited for, and the run ends."""
-    options = [*SMALL, *text, "--num_steps", 100_000, "--collective_timeout", 5, "--log_dir", tmp_path]
+    options = [*SMALL, *text, "--num_steps", 100_000, "--collective_timeout", 5, "--log_dir", tmp_path, "--run_id", "r"]
     process = subprocess.Popen(
         command("tiny", *options, nproc=2),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
     try:
-        log = wait_for(tmp_path, r"^step:20/")
+        wait_for(tmp_path / "r/log.txt", r"^step:20/")
         workers = [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
                    .stdout.split()]
         os.kill(workers[1], signal.SIGSTOP)
         output = process.communicate(timeout=90)[0]
     finally:
         process.kill()
-    assert process.returncode != 0 and log
-    assert re.search(r"rank 0 of 2: .*another rank.*--collective_timeout",
-                     output), output
-
-
-def wait_for(folder, pattern: str, seconds: float = 60):
-    """Waits until the one log below `folder` has a line that matches, and returns its path."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        for log in folder.glob("*/log.txt"):
-            if re.search(pattern, log.read_text(), re.MULTILINE):
-                return log
-        time.sleep(0.05)
-    raise AssertionError(f"no line matches {pattern} within {seconds} s")
+    assert process.returncode != 0
+    assert re.search(r"rank 0 of 2: .*another rank.*--collective_timeout", output), output
