@@ -18,6 +18,9 @@ ROOT = Path(__file__).parent.parent
 SMALL = ["--num_layers", "2", "--num_heads", "2", "--head_dim", "16", "--seq_len", "32", "--batch_tokens", "512",
          "--val_tokens", "2048", "--num_steps", "20", "--cooldown_steps", "10", "--momentum_warmup_steps", "5",
          "--dtype", "float32"]
+# For these sizes one thread is fastest, and pytest runs two processes (test.sh).
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_addoption(parser):
@@ -56,8 +59,8 @@ def command(*arguments, nproc: int = 1) -> list[str]:
 
 
 def environment(gpu: bool = False) -> dict:
-    """Of a run with one thread a process; on a CPU, whose promises the tests check, unless a GPU is asked for."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", **({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})}
+    """Of a run on a CPU, whose promises the tests check, unless a GPU is asked for."""
+    return {**os.environ, **({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})}
 
 
 def run(*arguments, nproc: int = 1, timeout: float = 200, gpu: bool = False) -> subprocess.CompletedProcess:
@@ -67,15 +70,13 @@ def run(*arguments, nproc: int = 1, timeout: float = 200, gpu: bool = False) -> 
 
 
 @contextlib.contextmanager
-def one_thread():
-    """As OMP_NUM_THREADS=1, and with the signal handlers and random state as they were afterwards."""
+def unchanged():
+    """Leaves the signal handlers and the random state as they were."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    torch.set_num_threads(1)
+    state = torch.get_rng_state()
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
         torch.set_rng_state(state)
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -83,7 +84,7 @@ def one_thread():
 
 def train(*arguments) -> int:
     """Runs train_gpt.main on this command line, in this process, and returns its exit status."""
-    with one_thread():
+    with unchanged():
         try:
             return train_gpt.main([*map(str, arguments)])
         except SystemExit as stop:     # of argparse

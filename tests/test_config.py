@@ -72,14 +72,6 @@ def test_command_line():
         track="tiny", lr=0.5, num_steps=3, compile="on")
 
 
-@pytest.mark.upstream
-def test_presets():
-    tiny, small = (train_gpt.make_config(dict(track=track)) for track in ("tiny", "small"))
-    assert (small.num_layers, small.model_dim, small.num_heads, small.head_dim) == (12, 768, 6, 128)
-    assert (small.padded_vocab_size, small.val_tokens, small.target) == (50304, 10_485_760, 3.28)
-    assert (tiny.vocab_size, tiny.val_tokens, tiny.target) == (257, 1_048_576, 1.30)
-
-
 def test_a_new_track_is_one_entry(monkeypatch):
     monkeypatch.setitem(train_gpt.TRACKS, "new", dict(num_layers=6, num_steps=100))
     c = train_gpt.make_config(train_gpt.parse_command_line(["new", "--num_heads", "4"]))

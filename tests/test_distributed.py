@@ -41,8 +41,8 @@ def count_all_reduces() -> dict[int, int]:
 
 
 def steps(first: int, last: int, state: dict | None = None) -> tuple[dict, dict]:
-    """Muon's steps `first` to `last` of 10 on recorded float64 gradients, from `state` on; returns the optimizer's state
-    and {parameter: its values at the end}."""
+    """Muon's steps `first` to `last` of 10 on recorded float64 gradients, from `state` on; returns the optimizer's
+    state and {parameter: its values at the end}."""
     model = small_model(num_layers=3, normuon_beta2=0.9, matrix_weight_decay=0.1, decay_kind="cautious").double()
     optimizer = train_gpt.make_optimizers(model, model.config)[0]["muon"]
     for group in optimizer.param_groups:
@@ -98,7 +98,6 @@ def facts(request, path):
     context.set_forkserver_preload([__name__])
     with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(request.param, context) as pool:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         ranks = [pool.submit(on_a_rank, rank, request.param, port, path) for rank in range(request.param)]
         return [rank.result(timeout=100) for rank in ranks]

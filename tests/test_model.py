@@ -95,8 +95,10 @@ def test_a_parameter_without_a_rule_is_named():
 
 @pytest.mark.upstream
 def test_small_has_124m_parameters_and_tiny_starts_from_a_uniform_guess():
+    c = train_gpt.make_config(dict(track="small"))
+    assert (c.target, c.val_tokens, c.seq_len, c.padded_vocab_size) == (3.28, 10_485_760, 1024, 50304)
     with torch.device("meta"):
-        small = train_gpt.GPT(train_gpt.make_config(dict(track="small")))
+        small = train_gpt.GPT(c)
     assert sum(p.numel() for p in small.blocks.parameters()) == 12 * 12 * 768**2
     assert sum(p.numel() for p in small.parameters()) - small.lm_head.weight.numel() == 123_568_128
     tiny = train_gpt.GPT(train_gpt.make_config(dict(track="tiny", dtype="float32"))).initialize()
