@@ -182,11 +182,8 @@ def again(record, monkeypatch, capfd):
     return again
 
 
-def test_reproduce_shows_what_it_would_run(record, again, tmp_path):
-    status, out = again(record / "one", "--out", tmp_path / "source.py")
+def test_reproduce_shows_what_it_would_run(record, again):
     sha256 = hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()
-    assert status == 0 and (tmp_path / "source.py").read_text() == (ROOT / "train_gpt.py").read_text()
-    assert "exists" in again(record / "one", "--out", tmp_path / "source.py")[0]
     status, out = again(record / "one")
     assert status == 0 and f"source: sha256 {sha256}, as recorded" in out and "hardware: 1 x " in out
     assert "--lr=1e-07 " in out and "--grad_clip=0.5 " in out and "--log_dir" not in out and "torch: " in out
