@@ -5,9 +5,8 @@
     python tools/plot.py logs/tweak --baseline logs/base --out compare.png
     python tools/plot.py records/tiny/2026-11-23_recipes --x seconds --out hero.png
 
-The runs of one setting, such as the seeds of a variant, are drawn as the line of their mean in a band of their std. A
-run that stopped before the others of its variant is a thin line of its own. Baselines are grey. Runs that had
---metrics_every get a second picture, such as loss_metrics.png, of what the optimizer did.
+The runs of one setting, such as the seeds of a variant, are the line of their mean, in a band of their std. One that
+stopped before the others is a thin line. Runs that had --metrics_every get a second picture, loss_metrics.png.
 """
 
 import argparse
@@ -28,10 +27,9 @@ from runs import LogError, Run, changed, find_runs, group, printable, setting
 
 AXES = dict(steps="steps", tokens="tokens", seconds="seconds of training")
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")     # colour-blind safe: Okabe and Ito, 2008
-DASHES = ("-", "--", ":")
+DASHES, GREY = ("-", "--", ":"), "#808080"
 LOOKS = [dict(color=color, linestyle=dash) for dash in DASHES for color in COLORS]
-GREY = "#808080"
-MOST_NAMED = 12         # variants with a colour and a name; the others are thin and grey
+MOST_NAMED = 12         # variants with a colour and a name; the others are grey
 LONGEST_NAME = 60       # characters
 SMOOTHED = 20           # a training loss is drawn as the mean over the last 1 / SMOOTHED of the run's steps
 METRICS = ("gradient", "weight", "update", "orthogonality_error", "least_singular", "largest_singular")    # of Muon
@@ -42,7 +40,7 @@ matplotlib.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.spines.t
 @dataclass(frozen=True)
 class Variant:
     """Runs of one setting, drawn as one line."""
-    name: str               # "" where it is thin and grey
+    name: str               # "": grey, as it is one too many
     whole: list[Run]        # those that went furthest, of which mean and std are taken
     stopped: list[Run]      # before the others
     look: dict              # keywords of matplotlib
@@ -87,7 +85,7 @@ def variants_of(runs: list[Run], baselines: list[Run]) -> list[Variant]:
         elif i in best:
             look = next(looks)
         else:
-            name, look = "", dict(color=GREY, alpha=0.4)
+            name, look = "", dict(color=GREY, alpha=0.4, zorder=1)
         ends = [last_steps(run) for run in members]
         whole = [run for run, end in zip(members, ends, strict=True) if end == max(ends)]
         if max(ends) > (0, 0):
@@ -121,10 +119,8 @@ def describe(variant: Variant, brief: bool) -> str:
         parts.append(f"{mean[3, -1]:.4f}" + f" ± {std[3, -1]:.4f}" * (len(variant.whole) > 1))
     if reached.size:
         parts.append(f"target after {mean[2, reached[0]]:.0f} s")
-    if stopped:
-        parts.append(f"{stopped} of {total} stopped")
-    elif total > 1 and not brief:
-        parts.append(f"{total} runs")
+    if stopped or (total > 1 and not brief):
+        parts.append(f"{stopped} of {total} stopped" if stopped else f"{total} runs")
     return f" {variant.name}: {', '.join(parts)}" * bool(variant.name)     # a legend leaves out what begins with _
 
 
@@ -144,16 +140,15 @@ def limits(variants: list[Variant]) -> tuple[float, float]:
 def draw_panel(axis, variants: list[Variant], x: str, brief: bool) -> None:
     row, crowded = list(AXES).index(x), len(variants) > len(COLORS)
     for variant in reversed(variants):      # the first lies on top
-        look = variant.look
         for run in variant.stopped:
-            axis.plot(*curve(run, "train")[[row, 3]], **{**look, "alpha": 0.6}, linewidth=0.7)
+            axis.plot(*curve(run, "train")[[row, 3]], **{**variant.look, "alpha": 0.6}, linewidth=0.7)
         mean, std = mean_curve(variant.whole, "train")
-        axis.plot(mean[row], mean[3], **look, linewidth=1.2 if crowded else 1.8, label=describe(variant, brief))
-        axis.fill_between(mean[row], mean[3] - std[3], mean[3] + std[3], color=look["color"], linewidth=0,
-                          alpha=0 if crowded else 0.15)
+        axis.plot(mean[row], mean[3], **variant.look, label=describe(variant, brief), linewidth=1.2 if crowded else 1.8)
+        axis.fill_between(mean[row], mean[3] - std[3], mean[3] + std[3], color=variant.look["color"],
+                          alpha=0 if crowded else 0.15, linewidth=0)
         mean, std = mean_curve(variant.whole, "val")
-        axis.errorbar(mean[row], mean[3], xerr=std[row], yerr=std[3], color=look["color"], alpha=look.get("alpha"),
-                      linestyle="none", elinewidth=1, marker="o", markersize=3 if crowded else 4.5, zorder=3)
+        axis.errorbar(mean[row], mean[3], xerr=std[row], yerr=std[3], **{**variant.look, "linestyle": "none"},
+                      elinewidth=1, marker="o", markersize=3 if crowded else 4.5)
     axis.set(xlabel=AXES[x], xlim=(0, None), ylim=limits(variants))
     axis.locator_params(axis="x", nbins=6)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -174,12 +169,13 @@ def draw(runs: list[Run], out: Path, baselines: list[Run] = (), panels: tuple[st
     axes[0].set_ylabel("loss (nats per token)")
 
     handles, labels = axes[0].get_legend_handles_labels()
-    inside = one and len(labels) <= 6 and max(map(len, labels)) <= 60
-    figure.set_figheight(4.2 if inside else 3.6 + 0.22 * len(labels))
-    figure.legend(
-        handles[::-1], labels[::-1], loc="upper right" if inside else "outside lower center",
-        title="line: training loss; dot: validation loss; band and bars: std"
-              + f"; grey: {len(variants) - len(labels)} more variants, of higher losses" * (len(labels) < len(variants)))
+    short, more = max(map(len, labels)) <= 60, len(variants) - len(labels)
+    inside, columns = one and short and len(labels) <= 6, 2 if short and len(labels) > 6 else 1
+    figure.set_figheight(4.2 if inside else 3.6 + 0.22 * len(labels) / columns)
+    title = "line: training loss; dot: validation loss; band and bars: std"
+    title += f"; grey: {more} more variants, with higher losses" * bool(more)
+    figure.legend(handles[::-1], labels[::-1], title=title, ncols=columns,
+                  loc="upper right" if inside else "outside lower center")
     save(figure, out)
 
 
@@ -188,10 +184,11 @@ def draw_one(runs: list[Run], out: Path, baselines: list[Run], x: str) -> None:
 
 
 def save(figure: Figure, out: Path) -> Path:
-    """Writes the figure as a PNG of 128 colours, which takes half the space; returns its path."""
+    """Writes the figure as a PNG of 256 colours, which takes half the space; returns its path."""
     data = io.BytesIO()
     figure.savefig(data, format="png")
-    Image.open(data).convert("RGB").quantize(128).save(out, format="PNG", optimize=True)
+    image = Image.open(data).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE)
+    image.save(out, format="PNG", optimize=True)
     return out
 
 
@@ -218,12 +215,11 @@ def draw_metrics(runs: list[Run], out: Path) -> Path | None:
     if not lines:
         return None
     figure = Figure((10, 6), layout="constrained")
-    axes = figure.subplots(2, 3, sharex=True).flat
-    for axis, metric in zip(axes, METRICS, strict=True):
+    for axis, metric in zip(figure.subplots(2, 3, sharex=True).flat, METRICS, strict=True):
         for (label, steps), look in zip(lines.items(), LOOKS, strict=False):
             axis.plot(list(steps), [means[metric] for means in steps.values()], **look, linewidth=1.2, label=label)
         axis.set(title=metric.replace("_", " "), yscale="log")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return save(figure, out.with_name(f"{out.stem}_metrics.png"))
 
 
