@@ -30,11 +30,11 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")     
 DASHES, GREY = ("-", "--", ":"), "#808080"
 LOOKS = [dict(color=color, linestyle=dash) for dash in DASHES for color in COLORS]
 MOST_NAMED = 12         # variants with a colour and a name; the others are grey
-LONGEST_NAME = 60       # characters
+LONGEST_NAME = 50       # characters
 SMOOTHED = 20           # a training loss is drawn as the mean over the last 1 / SMOOTHED of the run's steps
 METRICS = ("gradient", "weight", "update", "orthogonality_error", "least_singular", "largest_singular")    # of Muon
 matplotlib.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
-                            "legend.edgecolor": "none", "legend.handlelength": 3, "text.parse_math": False})
+                            "legend.edgecolor": "none", "legend.handlelength": 3})
 
 
 @dataclass(frozen=True)
@@ -111,17 +111,22 @@ def names_of(groups: list[list[Run]]) -> list[str]:
 
 def describe(variant: Variant, brief: bool) -> str:
     """Returns the legend's text; in brief, without the number of runs, and without the loss where the target counts."""
-    total, parts = len(variant.whole + variant.stopped), []
-    stopped = len(variant.stopped) if variant.whole[0].finished else total
+    total, run, parts = len(variant.whole + variant.stopped), variant.whole[0], []
+    unfinished = len(variant.stopped) if last_steps(run)[1] == run.num_steps else total
     mean, std = mean_curve(variant.whole, "val")
-    reached = np.flatnonzero(mean[3] <= variant.whole[0].config["target"])
+    reached = np.flatnonzero(mean[3] <= run.config["target"])
     if mean.size and not (brief and reached.size):
         parts.append(f"{mean[3, -1]:.4f}" + f" ± {std[3, -1]:.4f}" * (len(variant.whole) > 1))
     if reached.size:
         parts.append(f"target after {mean[2, reached[0]]:.0f} s")
-    if stopped or (total > 1 and not brief):
-        parts.append(f"{stopped} of {total} stopped" if stopped else f"{total} runs")
-    return f" {variant.name}: {', '.join(parts)}" * bool(variant.name)     # a legend leaves out what begins with _
+    if unfinished or (total > 1 and not brief):
+        parts.append(f"{unfinished} of {total} unfinished" if unfinished else f"{total} runs")
+    return label(f"{variant.name}: {', '.join(parts)}") if variant.name else ""
+
+
+def label(text: str) -> str:
+    """Returns the text as matplotlib shows it literally: $ begins a formula, and a legend leaves out _ at the start."""
+    return " " + text.replace("$", r"\$")
 
 
 def limits(variants: list[Variant]) -> tuple[float, float]:
@@ -130,10 +135,10 @@ def limits(variants: list[Variant]) -> tuple[float, float]:
               if (rows := curve(run, kind)).size]
     tops = [rows[3, np.searchsorted(rows[0], rows[0, -1] / 10)] for rows in curves]
     low = min(rows[3].min() for rows in curves)
-    high = min(max(tops), low + 3 * (np.median(tops) - low) + 0.1)      # one that diverged does not flatten the others
+    high = min(max(tops), low + 1.5 * (np.median(tops) - low) + 0.1)      # one that diverged does not flatten the others
     target = min(variant.whole[0].config["target"] for variant in variants)
     low = min(low, target) if target > low - (high - low) / 4 else low      # far below all losses, it is not shown
-    margin = 0.05 * max(high - low, 0.01)
+    margin = 0.05 * max(high - low, 0.5)
     return low - margin, high + margin
 
 
@@ -143,15 +148,17 @@ def draw_panel(axis, variants: list[Variant], x: str, brief: bool) -> None:
         for run in variant.stopped:
             axis.plot(*curve(run, "train")[[row, 3]], **{**variant.look, "alpha": 0.6}, linewidth=0.7)
         mean, std = mean_curve(variant.whole, "train")
-        axis.plot(mean[row], mean[3], **variant.look, label=describe(variant, brief), linewidth=1.2 if crowded else 1.8)
+        axis.plot(mean[row], mean[3], **variant.look, label=describe(variant, brief), linewidth=1.2 if crowded else 1.8,
+                  marker="." if mean.shape[1] < 5 else "")
         axis.fill_between(mean[row], mean[3] - std[3], mean[3] + std[3], color=variant.look["color"],
                           alpha=0 if crowded else 0.15, linewidth=0)
         mean, std = mean_curve(variant.whole, "val")
         axis.errorbar(mean[row], mean[3], xerr=std[row], yerr=std[3], **{**variant.look, "linestyle": "none"},
                       elinewidth=1, marker="o", markersize=3 if crowded else 4.5)
     axis.set(xlabel=AXES[x], xlim=(0, None), ylim=limits(variants))
-    axis.locator_params(axis="x", nbins=6)
-    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.locator_params(axis="x", nbins=6, integer=True)
+    if x != "seconds":
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def draw(runs: list[Run], out: Path, baselines: list[Run] = (), panels: tuple[str, ...] = tuple(AXES)) -> None:
@@ -169,8 +176,9 @@ def draw(runs: list[Run], out: Path, baselines: list[Run] = (), panels: tuple[st
     axes[0].set_ylabel("loss (nats per token)")
 
     handles, labels = axes[0].get_legend_handles_labels()
-    short, more = max(map(len, labels)) <= 60, len(variants) - len(labels)
-    inside, columns = one and short and len(labels) <= 6, 2 if short and len(labels) > 6 else 1
+    longest, more = max(map(len, labels)), len(variants) - len(labels)
+    inside = one and longest <= 60 and len(labels) <= 6
+    columns = 2 if longest <= 5 * figure.get_figwidth() and len(labels) > 6 else 1
     figure.set_figheight(4.2 if inside else 3.6 + 0.22 * len(labels) / columns)
     title = "line: training loss; dot: validation loss; band and bars: std"
     title += f"; grey: {more} more variants, with higher losses" * bool(more)
@@ -211,14 +219,14 @@ def read_metrics(run: Run) -> dict[str, dict]:
 
 def draw_metrics(runs: list[Run], out: Path) -> Path | None:
     """Writes <stem>_metrics.png beside the picture `out`; returns its path, None where no run has metrics."""
-    lines = {f" {run.name}, {kind}"[:80]: steps for run in runs for kind, steps in read_metrics(run).items()}
+    lines = {label(f"{run.name}, {kind}"[-LONGEST_NAME:]): steps for run in runs for kind, steps in read_metrics(run).items()}
     if not lines:
         return None
     figure = Figure((10, 6), layout="constrained")
     for axis, metric in zip(figure.subplots(2, 3, sharex=True).flat, METRICS, strict=True):
-        for (label, steps), look in zip(lines.items(), LOOKS, strict=False):
-            axis.plot(list(steps), [means[metric] for means in steps.values()], **look, linewidth=1.2, label=label)
-        axis.set(title=metric.replace("_", " "), yscale="log")
+        for (name, steps), look in zip(lines.items(), LOOKS, strict=False):
+            axis.plot(list(steps), [means[metric] for means in steps.values()], **look, linewidth=1.2, label=name)
+        axis.set(title=metric.replace("_", " "), yscale="log", xlabel="steps")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return save(figure, out.with_name(f"{out.stem}_metrics.png"))
 
