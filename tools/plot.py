@@ -29,12 +29,10 @@ AXES = dict(steps="steps", tokens="tokens", seconds="seconds of training")
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")     # colour-blind safe: Okabe and Ito, 2008
 DASHES, GREY = ("-", "--", ":"), "#808080"
 LOOKS = [dict(color=color, linestyle=dash) for dash in DASHES for color in COLORS]
-MOST_NAMED = 12         # variants with a colour and a name; the others are grey
-LONGEST_NAME = 50       # characters
+MOST_NAMED, LONGEST_NAME = 12, 50       # variants with a colour and a name, the others are grey; characters
 SMOOTHED = 20           # a training loss is drawn as the mean over the last 1 / SMOOTHED of the run's steps
 METRICS = ("gradient", "weight", "update", "orthogonality_error", "least_singular", "largest_singular")    # of Muon
-matplotlib.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
-                            "legend.edgecolor": "none", "legend.handlelength": 3})
+matplotlib.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
 
 
 @dataclass(frozen=True)
@@ -101,12 +99,14 @@ def names_of(groups: list[list[Run]]) -> list[str]:
         differs = changed([{**setting(other), "source": ""} for other in (groups[0][0], run)]).replace('"', "")
         letter = run.side and run.side + f": {differs}" * bool(differs)
         names.append(run.recipe or letter or run.name + f" and {len(others)} more" * bool(others))
-    for i, name in enumerate(list(names)):
-        if names.count(name) > 1:
-            names[i] = f"{groups[i][0].folder.name}/{groups[i][0].name}"
-    names = [" ".join(printable(name).split()) for name in names]
-    return [f"{name[:LONGEST_NAME // 2]}…{name[-LONGEST_NAME // 2:]}" if len(name) > LONGEST_NAME else name
-            for name in names]
+    return [shown(name if names.count(name) == 1 else f"{runs[0].folder.name}/{runs[0].name}")
+            for name, runs in zip(names, groups, strict=True)]
+
+
+def shown(text: str) -> str:
+    """Returns the text as a legend can show it: in one line that is not too long, and without formulas."""
+    text = " ".join(printable(text).split()).replace("$", r"\$")
+    return text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME // 2]}…{text[-LONGEST_NAME // 2:]}"
 
 
 def describe(variant: Variant, brief: bool) -> str:
@@ -118,15 +118,10 @@ def describe(variant: Variant, brief: bool) -> str:
     if mean.size and not (brief and reached.size):
         parts.append(f"{mean[3, -1]:.4f}" + f" ± {std[3, -1]:.4f}" * (len(variant.whole) > 1))
     if reached.size:
-        parts.append(f"target after {mean[2, reached[0]]:.0f} s")
+        parts.append(f"target after {mean[2, reached[0]]:.1f} s")
     if unfinished or (total > 1 and not brief):
         parts.append(f"{unfinished} of {total} unfinished" if unfinished else f"{total} runs")
-    return label(f"{variant.name}: {', '.join(parts)}") if variant.name else ""
-
-
-def label(text: str) -> str:
-    """Returns the text as matplotlib shows it literally: $ begins a formula, and a legend leaves out _ at the start."""
-    return " " + text.replace("$", r"\$")
+    return f" {variant.name}: {', '.join(parts)}" * bool(variant.name)     # a legend leaves out what begins with _
 
 
 def limits(variants: list[Variant]) -> tuple[float, float]:
@@ -135,7 +130,7 @@ def limits(variants: list[Variant]) -> tuple[float, float]:
               if (rows := curve(run, kind)).size]
     tops = [rows[3, np.searchsorted(rows[0], rows[0, -1] / 10)] for rows in curves]
     low = min(rows[3].min() for rows in curves)
-    high = min(max(tops), low + 1.5 * (np.median(tops) - low) + 0.1)      # one that diverged does not flatten the others
+    high = min(max(tops), low + 1.5 * (np.median(tops) - low) + 0.1)    # one that diverged does not flatten the others
     target = min(variant.whole[0].config["target"] for variant in variants)
     low = min(low, target) if target > low - (high - low) / 4 else low      # far below all losses, it is not shown
     margin = 0.05 * max(high - low, 0.5)
@@ -148,13 +143,12 @@ def draw_panel(axis, variants: list[Variant], x: str, brief: bool) -> None:
         for run in variant.stopped:
             axis.plot(*curve(run, "train")[[row, 3]], **{**variant.look, "alpha": 0.6}, linewidth=0.7)
         mean, std = mean_curve(variant.whole, "train")
-        axis.plot(mean[row], mean[3], **variant.look, label=describe(variant, brief), linewidth=1.2 if crowded else 1.8,
+        axis.plot(mean[row], mean[3], **variant.look, label=describe(variant, brief),
                   marker="." if mean.shape[1] < 5 else "")
         axis.fill_between(mean[row], mean[3] - std[3], mean[3] + std[3], color=variant.look["color"],
                           alpha=0 if crowded else 0.15, linewidth=0)
         mean, std = mean_curve(variant.whole, "val")
-        axis.errorbar(mean[row], mean[3], xerr=std[row], yerr=std[3], **{**variant.look, "linestyle": "none"},
-                      elinewidth=1, marker="o", markersize=3 if crowded else 4.5)
+        axis.errorbar(mean[row], mean[3], std[3], std[row], **{**variant.look, "linestyle": "none"}, marker="o", ms=4)
     axis.set(xlabel=AXES[x], xlim=(0, None), ylim=limits(variants))
     axis.locator_params(axis="x", nbins=6, integer=True)
     if x != "seconds":
@@ -176,14 +170,12 @@ def draw(runs: list[Run], out: Path, baselines: list[Run] = (), panels: tuple[st
     axes[0].set_ylabel("loss (nats per token)")
 
     handles, labels = axes[0].get_legend_handles_labels()
-    longest, more = max(map(len, labels)), len(variants) - len(labels)
-    inside = one and longest <= 60 and len(labels) <= 6
-    columns = 2 if longest <= 5 * figure.get_figwidth() and len(labels) > 6 else 1
-    figure.set_figheight(4.2 if inside else 3.6 + 0.22 * len(labels) / columns)
+    inside = one and len(labels) <= 6 and max(map(len, labels)) <= 60
+    figure.set_figheight(4.2 if inside else 3.6 + 0.22 * len(labels))
     title = "line: training loss; dot: validation loss; band and bars: std"
-    title += f"; grey: {more} more variants, with higher losses" * bool(more)
-    figure.legend(handles[::-1], labels[::-1], title=title, ncols=columns,
-                  loc="upper right" if inside else "outside lower center")
+    title += f"; grey: {len(variants) - len(labels)} more variants, with higher losses" * (len(labels) < len(variants))
+    figure.legend(handles[::-1], labels[::-1], loc="upper right" if inside else "outside lower center", title=title,
+                  edgecolor="none", handlelength=3)
     save(figure, out)
 
 
@@ -195,8 +187,7 @@ def save(figure: Figure, out: Path) -> Path:
     """Writes the figure as a PNG of 256 colours, which takes half the space; returns its path."""
     data = io.BytesIO()
     figure.savefig(data, format="png")
-    image = Image.open(data).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE)
-    image.save(out, format="PNG", optimize=True)
+    Image.open(data).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE).save(out, format="PNG", optimize=True)
     return out
 
 
@@ -208,7 +199,7 @@ def read_metrics(run: Run) -> dict[str, dict]:
         try:
             entry, kinds = json.loads(line), {}
             for name, metrics in entry["parameters"].items():
-                kinds.setdefault(printable(re.sub(r"\.\d+\.", ".*.", name)), []).append(metrics)
+                kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(metrics)
             for kind, layers in kinds.items():
                 means = {metric: fmean(layer[metric] for layer in layers) for metric in METRICS}
                 found.setdefault(kind, {})[int(entry["step"])] = means
@@ -218,16 +209,17 @@ def read_metrics(run: Run) -> dict[str, dict]:
 
 
 def draw_metrics(runs: list[Run], out: Path) -> Path | None:
-    """Writes <stem>_metrics.png beside the picture `out`; returns its path, None where no run has metrics."""
-    lines = {label(f"{run.name}, {kind}"[-LONGEST_NAME:]): steps for run in runs for kind, steps in read_metrics(run).items()}
+    """Writes <stem>_metrics.png beside the picture `out`; returns its path, None where no run has metrics. It has
+    as many lines as there are LOOKS: with several runs, the first ones'."""
+    lines = [(f" {shown(run.name)}, {shown(kind)}", steps) for run in runs for kind, steps in read_metrics(run).items()]
     if not lines:
         return None
-    figure = Figure((10, 6), layout="constrained")
+    figure = Figure((10, 5 + 0.22 * min(len(lines), len(LOOKS))), layout="constrained")
     for axis, metric in zip(figure.subplots(2, 3, sharex=True).flat, METRICS, strict=True):
-        for (name, steps), look in zip(lines.items(), LOOKS, strict=False):
+        for (name, steps), look in zip(lines, LOOKS, strict=False):
             axis.plot(list(steps), [means[metric] for means in steps.values()], **look, linewidth=1.2, label=name)
-        axis.set(title=metric.replace("_", " "), yscale="log", xlabel="steps")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        axis.set(title=metric.replace("_", " "), xlabel="steps")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", edgecolor="none", handlelength=3)
     return save(figure, out.with_name(f"{out.stem}_metrics.png"))
 
 
@@ -238,7 +230,9 @@ def main():
     parser.add_argument("--x", choices=AXES, help="draw one panel, against this")
     parser.add_argument("--out", type=Path, help="PNG to write (default: loss.png in the first folder)")
     args = parser.parse_args()
-    out = args.out or (args.runs[0] if args.runs[0].is_dir() else args.runs[0].parent) / "loss.png"
+    folder = args.runs[0] if args.runs[0].is_dir() else args.runs[0].parent
+    # The loss.png of a record shows all its runs, and stays where only one is drawn.
+    out = args.out or (folder if args.runs[0].exists() else Path()) / "loss.png"
     try:
         runs, bad = find_runs(args.runs)
         baselines, more_bad = find_runs(args.baseline) if args.baseline else ([], [])
@@ -250,8 +244,7 @@ def main():
         sys.exit(f"plot.py: {error}")
     except OSError as error:
         sys.exit(f"plot.py: {printable(str(out))} cannot be written ({error.strerror}); give another --out")
-    for path in filter(None, (out, metrics)):
-        print(f"plot: {printable(str(path))}")
+    print(*(f"plot: {printable(str(path))}" for path in (out, metrics) if path), sep="\n")
 
 
 if __name__ == "__main__":
