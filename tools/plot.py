@@ -29,7 +29,7 @@ AXES = dict(steps="steps", tokens="tokens", seconds="seconds of training")
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")     # colour-blind safe: Okabe and Ito, 2008
 DASHES, GREY = ("-", "--", ":"), "#808080"
 LOOKS = [dict(color=color, linestyle=dash) for dash in DASHES for color in COLORS]
-MOST_NAMED, LONGEST_NAME = 12, 50       # variants with a colour and a name, the others are grey; characters
+MOST_NAMED, LONGEST_NAME = 12, 60       # variants with a colour and a name, the others are grey; characters
 SMOOTHED = 20           # a training loss is drawn as the mean over the last 1 / SMOOTHED of the run's steps
 METRICS = ("gradient", "weight", "update", "orthogonality_error", "least_singular", "largest_singular")    # of Muon
 matplotlib.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
@@ -126,11 +126,11 @@ def describe(variant: Variant, brief: bool) -> str:
 
 def limits(variants: list[Variant]) -> tuple[float, float]:
     """Returns the limits of the loss axis. The first tenth of a run, which falls from afar, lies above."""
-    curves = [rows for variant in variants for run in variant.whole for kind in ("train", "val")
-              if (rows := curve(run, kind)).size]
-    tops = [rows[3, np.searchsorted(rows[0], rows[0, -1] / 10)] for rows in curves]
+    runs = [run for variant in variants for run in variant.whole]
+    curves = [np.hstack([curve(run, "train"), curve(run, "val")]) for run in runs]
+    tops = [rows[3, rows[0] >= rows[0].max() / 10].max() for rows in curves]
     low = min(rows[3].min() for rows in curves)
-    high = min(max(tops), low + 1.5 * (np.median(tops) - low) + 0.1)    # one that diverged does not flatten the others
+    high = min(max(tops), low + 2 * (np.quantile(tops, 0.25) - low) + 0.2)      # of those that diverge, only the start
     target = min(variant.whole[0].config["target"] for variant in variants)
     low = min(low, target) if target > low - (high - low) / 4 else low      # far below all losses, it is not shown
     margin = 0.05 * max(high - low, 0.5)
@@ -158,7 +158,7 @@ def draw_panel(axis, variants: list[Variant], x: str, brief: bool) -> None:
 def draw(runs: list[Run], out: Path, baselines: list[Run] = (), panels: tuple[str, ...] = tuple(AXES)) -> None:
     """Writes the picture of the losses, with a panel against each of AXES."""
     variants, one = variants_of(runs, baselines), len(panels) == 1
-    figure = Figure((8 if one else 10, 4), dpi=150 if one else 100, layout="constrained")
+    figure = Figure(dpi=150 if one else 100, layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, x in zip(axes, panels, strict=True):
         draw_panel(axis, variants, x, brief=one)
@@ -170,8 +170,9 @@ def draw(runs: list[Run], out: Path, baselines: list[Run] = (), panels: tuple[st
     axes[0].set_ylabel("loss (nats per token)")
 
     handles, labels = axes[0].get_legend_handles_labels()
-    inside = one and len(labels) <= 6 and max(map(len, labels)) <= 60
-    figure.set_figheight(4.2 if inside else 3.6 + 0.22 * len(labels))
+    longest = max(map(len, labels))
+    inside = one and len(labels) <= 6 and longest <= 60
+    figure.set_size_inches(max(8 if one else 10, 1 + longest / 12), 4.2 if inside else 3.6 + 0.22 * len(labels))
     title = "line: training loss; dot: validation loss; band and bars: std"
     title += f"; grey: {len(variants) - len(labels)} more variants, with higher losses" * (len(labels) < len(variants))
     figure.legend(handles[::-1], labels[::-1], loc="upper right" if inside else "outside lower center", title=title,
@@ -209,8 +210,7 @@ def read_metrics(run: Run) -> dict[str, dict]:
 
 
 def draw_metrics(runs: list[Run], out: Path) -> Path | None:
-    """Writes <stem>_metrics.png beside the picture `out`; returns its path, None where no run has metrics. It has
-    as many lines as there are LOOKS: with several runs, the first ones'."""
+    """Writes <stem>_metrics.png beside `out`, of at most as many lines as LOOKS; returns its path, None without any."""
     lines = [(f" {shown(run.name)}, {shown(kind)}", steps) for run in runs for kind, steps in read_metrics(run).items()]
     if not lines:
         return None
@@ -231,8 +231,7 @@ def main():
     parser.add_argument("--out", type=Path, help="PNG to write (default: loss.png in the first folder)")
     args = parser.parse_args()
     folder = args.runs[0] if args.runs[0].is_dir() else args.runs[0].parent
-    # The loss.png of a record shows all its runs, and stays where only one is drawn.
-    out = args.out or (folder if args.runs[0].exists() else Path()) / "loss.png"
+    out = args.out or (folder if args.runs[0].exists() else Path()) / "loss.png"    # not for one run into its record
     try:
         runs, bad = find_runs(args.runs)
         baselines, more_bad = find_runs(args.baseline) if args.baseline else ([], [])
