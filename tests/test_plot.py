@@ -2,16 +2,15 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, stdev
 
 import numpy as np
 import plot
 import pytest
-import runs
-from matplotlib.cbook import is_math_text
 from PIL import Image
+from runs import DIVIDER, find_runs, write_record
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -19,16 +18,15 @@ pytestmark = pytest.mark.filterwarnings("error")
 def write(folder: Path, seed: int = 0, stop: int = 0, num_steps: int = 80, change=lambda step, loss: loss, val_every=40,
           **config) -> Path:
     """Writes the log of a run that falls from 6 to about 1.3, or stops before; `change` is made to its losses."""
-    config = {**dict(track="tiny", target=1.3, batch_tokens=512, lr=0.002), **config, "num_steps": num_steps}
+    config = {**dict(track="tiny", target=1.3, batch_tokens=512, lr=0.002, num_steps=num_steps, seed=seed), **config}
     random, seconds = np.random.default_rng(seed), 0.0
-    text = f"pass\n{runs.DIVIDER}run folder: x\nconfig: {json.dumps({**config, 'seed': seed})}\n"
+    text = f"pass\n{DIVIDER}run folder: x\nconfig: {json.dumps(config)}\n"
     for step in range(1, (stop or num_steps) + 1):
         loss = change(step, 1.2 + 4.8 * np.exp(-9 * step / num_steps) + 0.1 * random.random())
         seconds += 1 + random.random()
-        took = f"train_time:{1000 * seconds:.0f}ms step_avg:1ms"
-        text += f"step:{step}/{num_steps} train_loss:{loss:.6f} {took}\n"
-        if val_every and (step % val_every == 0 or step == num_steps):
-            text += f"step:{step}/{num_steps} val_loss:{loss + 0.02:.6f} {took}\n"
+        for kind in ("train", "val") if step % val_every == 0 else ("train",):
+            value = loss + 0.02 * (kind == "val")
+            text += f"step:{step}/{num_steps} {kind}_loss:{value:.6f} train_time:{1000 * seconds:.0f}ms step_avg:1ms\n"
     folder.mkdir(parents=True)
     (folder / "log.txt").write_text(text)
     return folder
@@ -43,19 +41,17 @@ def logged(folder: Path, kind: str) -> np.ndarray:
 
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
-    """A function that draws the runs in folders, as drawn.png, and returns the figure."""
-    figures, save = [], plot.save
+    """A function that draws the runs in folders, as drawn.png, and returns the figure, which is also in its figures."""
+    save, out = plot.save, tmp_path / "drawn.png"
+    monkeypatch.setattr(plot, "save", lambda figure, out: draw.figures.append(figure) or save(figure, out))
 
     def draw(*folders: Path, baselines: tuple = (), x: str = ""):
-        found = [runs.find_runs(paths)[0] if paths else [] for paths in (folders, baselines)]
-        if x:
-            plot.draw_one(found[0], tmp_path / "drawn.png", found[1], x)
-        else:
-            plot.draw(found[0], tmp_path / "drawn.png", found[1])
-        assert (tmp_path / "drawn.png").stat().st_size < 80_000
-        return figures.pop()
+        runs, others = find_runs(folders)[0], find_runs(baselines)[0] if baselines else []
+        plot.draw_one(runs, out, others, x) if x else plot.draw(runs, out, others)
+        assert out.stat().st_size < 80_000
+        return draw.figures[-1]
 
-    monkeypatch.setattr(plot, "save", lambda figure, out: figures.append(figure) or save(figure, out))
+    draw.figures = []
     return draw
 
 
@@ -66,21 +62,18 @@ def words(figure) -> list[str]:
 def test_lines_bands_and_dots(tmp_path, drawn):
     """What is drawn for three seeds and one that stopped: mean and std over the seeds, against each of the axes."""
     whole = [write(tmp_path / f"seed{seed}", seed) for seed in range(3)]
-    stopped = write(tmp_path / "seed3", 3, stop=30)
-    smoothed = []
-    for rows in (logged(folder, "train") for folder in [*whole, stopped]):
-        rows[3] = [rows[3, max(0, i - 3):i + 1].mean() for i in range(rows.shape[1])]     # 4 of 80 steps
-        smoothed.append(rows)
-    mean, std = np.mean(smoothed[:3], axis=0), np.std(smoothed[:3], axis=0, ddof=1)
-    vals = [logged(folder, "val") for folder in whole]
-    dots, bars = np.mean(vals, axis=0), np.std(vals, axis=0, ddof=1)
-
-    figure = drawn(*whole, stopped)
+    curves, vals = [], [logged(folder, "val") for folder in whole]
+    for rows in (logged(folder, "train") for folder in [*whole, write(tmp_path / "seed3", 3, stop=30)]):
+        rows[3] = [rows[3, max(0, i - 3):i + 1].mean() for i in range(rows.shape[1])]     # the last 4 of 80 steps
+        curves.append(rows)
+    (mean, std), (dots, bars) = ((np.mean(all_rows, axis=0), np.std(all_rows, axis=0, ddof=1))
+                                 for all_rows in (curves[:3], vals))
+    figure = drawn(tmp_path)
     assert [axis.get_xlabel() for axis in figure.axes] == ["steps", "tokens", "seconds of training"]
     for row, axis in enumerate(figure.axes):
         lines = {len(line.get_xdata()): line for line in axis.lines if line.get_linestyle() == "-"}
-        np.testing.assert_allclose(lines[80].get_xydata(), mean[[row, 3]].T, rtol=1e-9)
-        np.testing.assert_allclose(lines[30].get_xydata(), smoothed[3][[row, 3]].T, rtol=1e-9)
+        np.testing.assert_allclose(lines[80].get_xydata(), mean[[row, 3]].T)
+        np.testing.assert_allclose(lines[30].get_xydata(), curves[3][[row, 3]].T)
         assert lines[30].get_linewidth() < lines[80].get_linewidth() and lines[30].get_color() == lines[80].get_color()
         band = next(part for part in axis.collections if len(part.get_paths()[0]) > 80).get_paths()[0].vertices
         for edge in (mean[3] - std[3], mean[3] + std[3]):
@@ -88,93 +81,100 @@ def test_lines_bands_and_dots(tmp_path, drawn):
         across, along = (np.stack(part.get_segments()) for part in axis.collections if hasattr(part, "get_segments"))
         np.testing.assert_allclose(across[:, :, 0], np.stack([dots[row] - bars[row], dots[row] + bars[row]], 1))
         np.testing.assert_allclose(along[:, :, 1], np.stack([dots[3] - bars[3], dots[3] + bars[3]], 1))
-        low, high = axis.get_ylim()
-        assert low < mean[3].min() and mean[3, 8] < high < 4 and [1.3, 1.3] in [list(one.get_ydata()) for one in axis.lines]
-    finals = [rows[3, -1] for rows in vals]
-    reached = f"target after {dots[2, -1]:.1f} s" if fmean(finals) <= 1.3 else "1 of 4"
-    assert words(figure)[0].startswith(f"seed0 and 3 more: {fmean(finals):.4f} ± {stdev(finals):.4f}, {reached}")
-    assert words(figure)[0].endswith("1 of 4 unfinished")
+        assert [1.3, 1.3] in [list(line.get_ydata()) for line in axis.lines]
+        assert axis.get_ylim()[0] < mean[3].min() and mean[3, 8] < axis.get_ylim()[1] < 4
 
-
-def test_a_record_is_drawn_as_its_logs(tmp_path, drawn):
-    folders = [write(tmp_path / "logs" / f"seed{seed}", seed, num_steps=800) for seed in range(2)]
-    runs.write_record(tmp_path, runs.find_runs(folders)[0])
-    log, record = drawn(*folders), drawn(tmp_path)
-    assert words(record) == words(log)
-    for log_axis, axis in zip(log.axes, record.axes, strict=True):
-        points, all_points = (max((line.get_xydata() for line in one.lines), key=len) for one in (axis, log_axis))
-        np.testing.assert_allclose(points, all_points[9::10], atol=1e-3)      # of seconds; the losses are close to 1e-5
-
-
-@pytest.mark.parametrize("finals, expected", [
-    ([1.29, 1.3], "target after 4.0 s"), ([1.29, 1.32], "1.3050 ± 0.0212"), ([1.25, 1.25, 1.31], "target after 4.0 s")])
-def test_when_the_target_was_reached(tmp_path, drawn, finals, expected):
-    """It counts by the mean over the seeds, at the first validation that is at or below it."""
-    for seed, final in enumerate(finals):
-        text = "".join(f"step:{step}/80 val_loss:{loss} train_time:{step // 20 + seed * 0}s x\n"
-                       for step, loss in ((40, 1.4), (80, final)))
-        path = write(tmp_path / f"seed{seed}", seed, val_every=0) / "log.txt"
-        path.write_text(path.read_text() + text)
-    assert words(drawn(tmp_path, x="seconds")) == [f"seed0 and {len(finals) - 1} more: {expected}"]
+    # The target is reached by the mean over the seeds, at the first validation that is at or below it.
+    loss = f"{dots[3, 1]:.4f} ± {bars[3, 1]:.4f}"
+    for target, expected in [(1.0, loss), (dots[3, 1] - 1e-4, loss), (dots[3, 1] + 1e-4, dots[2, 1]), (9.0, dots[2, 0])]:
+        for path in tmp_path.glob("*/log.txt"):
+            path.write_text(re.sub('"target": [0-9.]+', f'"target": {target}', path.read_text()))
+        expected = expected if expected is loss else f"target after {expected:.1f} s"
+        assert words(drawn(tmp_path, x="seconds")) == [f"seed0 and 3 more: {expected}, 1 of 4 unfinished"]
 
 
 def test_names_and_colours(tmp_path, drawn):
-    """A variant has the name of its recipe, or its letter and what differs; a baseline is grey; two never look alike."""
+    """A recipe's name, or the letter and what differs, or the run's; baselines are grey; no two look alike."""
     for block in range(2):
         write(tmp_path / "ab" / f"0{block}_A_seed{block}", block)
         write(tmp_path / "ab" / f"0{block}_B_seed{block}", block, lr=0.003, matrix_optimizer="adamw")
-    one, other = (write(tmp_path / name / "run", 5, lr=lr) for name, lr in (("first", 0.1), ("second", 0.2)))
+    one, other = (write(tmp_path / name / "run", lr=lr) for name, lr in (("first", 0.1), ("second", 0.2)))
     figure = drawn(tmp_path / "ab", one, baselines=(one, other))
-    assert [text.split(":")[0] for text in words(figure)] == ["A", "B", "baseline first/run", "baseline second/run"]
-    assert words(figure)[1].startswith("B: lr 0.002 -> 0.003; matrix_optimizer none -> adamw: ")
+    starts = ["A: ", "B: lr 0.002 -> 0.003; matrix_optimizer none -> adamw: ", "baseline first/run: ",
+              "baseline second/run: "]
+    assert all(text.startswith(start) for text, start in zip(words(figure), starts, strict=True))
     looks = [(line.get_color(), line.get_linestyle()) for line in figure.legends[0].get_lines()]
-    assert len(set(looks)) == 4 and [color for color, _ in looks].count(plot.GREY) == 2
-
-    kept = runs.find_runs([tmp_path / "ab"])[0]
-    runs.write_record(tmp_path / "first", [replace(run, recipe=f"recipe {run.side}") for run in kept])
-    assert [text.split(":")[0] for text in words(drawn(tmp_path / "first"))] == ["recipe A", "recipe B"]
+    assert len(set(looks)) == 4 and [color == plot.GREY for color, _ in looks] == [False, False, True, True]
+    write_record(one, [replace(run, recipe=f"recipe {run.side}") for run in find_runs([tmp_path / "ab"])[0]])
+    assert [text.split(":")[0] for text in words(drawn(one))] == ["recipe A", "recipe B"]
 
 
-@pytest.mark.parametrize("variants, named", [(12, 12), (60, 12)])
-def test_many_variants(tmp_path, drawn, variants, named):
-    """The best have a colour of their own, which the picture keeps; the others are grey, and their number is said."""
-    levels = np.random.default_rng(0).permutation(variants) / 10
-    for variant, level in enumerate(levels):
-        for seed in range(5 if variants == 12 else 1):
-            write(tmp_path / f"{variant}" / f"v{variant}_{seed}", seed, change=lambda _, loss, up=level: loss + up, lr=variant)
+def test_many_variants(tmp_path, drawn):
+    """The best 12 have a look of their own, in colours that the file keeps; the others are grey, which is said."""
+    levels = np.random.default_rng(0).permutation(15) / 10
+    for run, variant in enumerate(5 * list(range(15))):
+        write(tmp_path / f"v{variant:02}_{run}", run, change=lambda _, loss, up=levels[variant]: loss + up, lr=variant)
     figure = drawn(tmp_path)
-    best = sorted(np.argsort(levels)[:named].tolist(), key=str)
-    assert [re.match(r"v(\d+)", text)[1] for text in words(figure)] == [str(variant) for variant in best]
+    assert [int(text[1:3]) for text in words(figure)] == [i for i in range(15) if levels[i] < 1.15]
+    assert "grey: 3 more variants" in figure.legends[0].get_title().get_text()
     looks = {(line.get_color(), line.get_linestyle()) for line in figure.legends[0].get_lines()}
-    assert len(looks) == named and plot.GREY not in dict(looks)
-    assert (f"{variants - named} more variants" in figure.legends[0].get_title().get_text()) == (variants > named)
+    assert len(looks) == 12 and plot.GREY not in dict(looks)
     pixels = np.asarray(Image.open(tmp_path / "drawn.png").convert("RGB")).reshape(-1, 3).astype(int)
     for color in dict(looks):
         exact = [int(color[i:i + 2], 16) for i in (1, 3, 5)]
         assert (abs(pixels - exact).max(axis=1) <= 4).sum() > 50
 
 
-def nan_after(step: int, value: float):
-    return dict(change=lambda at, loss: value if at > step else loss)
-
-
 @pytest.mark.parametrize("name, odd, expected", [
-    ("nan", nan_after(20, np.nan), "1 of 1 unfinished"), ("inf", nan_after(50, np.inf), ", 1 of 1 unfinished"),
-    ("diverged", dict(change=lambda step, loss: loss * 1.1**step), "diverged: "), ("one", dict(num_steps=1), "one: "),
-    ("no_validation", dict(val_every=0), "no_validation: 1 of 1 unfinished"), ("stopped", dict(stop=1), "unfinished"),
-    (r"$\frac{a}{$ ${", {}, r"$\frac{a}{$ ${: "), ("_hidden", {}, "_hidden: "), ("a\x1b[31m\n\u202ab", {}, "a?[31m "),
-    ("x" * 120 + "end", {}, "x" * 25 + "…" + "x" * 22 + "end: ")])
+    ("nan", dict(change=lambda step, loss: loss if step < 50 else np.nan), ", 1 of 1 unfinished"),
+    ("inf", dict(change=lambda step, loss: loss if step < 9 else np.inf), "inf: 1 of 1 unfinished"),
+    ("diverged", dict(change=lambda step, loss: loss * 1.1**step), "diverged: "),
+    ("one", dict(num_steps=1, val_every=1, change=lambda *_: 5.8), "one: "), ("stopped", dict(stop=1), "unfinished"),
+    ("no_validation", dict(val_every=99), "no_validation: 1 of 1 unfinished"),
+    (r"$\frac{a}{$ ${", {}, r"$\frac{a}{$ ${: "), ("_hidden", {}, "_hidden: "), ("a\x1b[31m\nb", {}, "a?[31m b: "),
+    ("x" * 120 + "end", {}, "x" * 30 + "…" + "x" * 27 + "end: ")])
 def test_odd_runs(tmp_path, drawn, name, odd, expected):
-    """Alone and beside a good run: all that is said fits into the picture, and the axis shows what is of interest."""
+    """Alone and beside a good run: the words fit into the picture, and the axis shows what is of interest."""
     good, odd = write(tmp_path / "good", 1), write(tmp_path / "odd" / name, **odd, lr=0.1)
-    for folders, x in [([odd], ""), ([odd], "seconds"), ([good, odd], ""), ([good, odd], "tokens")]:
+    for folders, x, least, highest in [([odd], "seconds", 1, 1e6), ([good, odd], "", 70, 9)]:
         figure = drawn(*folders, x=x)
-        assert expected in words(figure)[-1].replace(r"\$", "$") and not is_math_text(words(figure)[-1])
+        assert expected in words(figure)[-1].replace(r"\$", "$") and "$" not in words(figure)[-1].replace(r"\$", "")
         box, (width, height) = figure.legends[0].get_window_extent(), figure.canvas.get_width_height()
         assert 0 <= box.x0 and box.x1 <= width + 1 and 0 <= box.y0 and box.y1 <= height + 1
         low, high = figure.axes[0].get_ylim()
-        points = np.concatenate([line.get_xydata() for line in figure.axes[0].lines if len(line.get_xydata())])
-        assert ((low < points[:, 1]) & (points[:, 1] < high)).sum() > (40 if good in folders else 0)
-        assert good not in folders or high < 9
-    with pytest.raises(runs.LogError, match="no run has a finite loss"):
-        drawn(write(tmp_path / "empty", change=lambda *_: np.nan))
+        losses = np.concatenate([line.get_ydata() for line in figure.axes[0].lines if line.get_linestyle() == "-"])
+        assert ((low < losses) & (losses < high)).sum() >= least and high < highest
+
+
+def test_metrics(tmp_path, drawn, capsys):
+    """Each line is the mean over the layers of the values in the log; a damaged line is left out, which is said."""
+    path, out = write(tmp_path / "run") / "log.txt", tmp_path / "x.png"
+    assert plot.draw_metrics(find_runs([path])[0], out) is None
+    values = np.random.default_rng(0).random((len(plot.METRICS), 2, 3))      # of two layers at three steps
+    for i in range(3):
+        layers = {f"blocks.{layer}.up": dict(zip(plot.METRICS, values[:, layer, i], strict=True)) for layer in range(2)}
+        line = f"metrics: {json.dumps(dict(step=i, parameters=layers))}\n"
+        path.write_text(path.read_text() + line + line[:-40] + "\n" + line.replace(": 0.", ': "0.', 1))
+    assert plot.draw_metrics(find_runs([path])[0], out) == tmp_path / "x_metrics.png"
+    np.testing.assert_allclose([axis.lines[0].get_ydata() for axis in drawn.figures[-1].axes], values.mean(axis=1))
+    assert capsys.readouterr().err.count(f"damaged line of metrics in {path}\n") == 6
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    good, bad = write(tmp_path / "logs" / "good"), write(tmp_path / "logs" / "a\x1b[31m", batch_tokens=-1)
+    untrained = write(tmp_path / "untrained", change=lambda *_: np.nan)
+    write_record(tmp_path, find_runs([good])[0])
+    monkeypatch.chdir(tmp_path)
+    for arguments, said, picture in [
+            ([good], "", "logs/good/loss.png"), ([tmp_path / "logs"], "left out: ", "logs/loss.png"),
+            (["good"], "", "loss.png"), ([good, "--x", "tokens", "--baseline", "good", "--out", "x.png"], "", "x.png"),
+            ([bad], "batch_tokens -1: must be a whole number", ""), ([untrained], "no run has a finite loss", ""),
+            ([good, "--out", "none/x.png"], "none/x.png cannot be written (No such file", "")]:
+        monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, arguments)])
+        try:
+            plot.main()
+        except SystemExit as error:
+            print(error.code, file=sys.stderr)
+        out, err = capsys.readouterr()
+        assert said in err and "\x1b" not in err and bool(picture) == out.endswith(f"{picture}\n")
+        assert not picture or (tmp_path / picture).read_bytes().startswith(b"\x89PNG")

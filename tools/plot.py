@@ -130,7 +130,7 @@ def limits(variants: list[Variant]) -> tuple[float, float]:
     curves = [np.hstack([curve(run, "train"), curve(run, "val")]) for run in runs]
     tops = [rows[3, rows[0] >= rows[0].max() / 10].max() for rows in curves]
     low = min(rows[3].min() for rows in curves)
-    high = min(max(tops), low + 2 * (np.quantile(tops, 0.25) - low) + 0.2)      # of those that diverge, only the start
+    high = min(max(tops), low + 2 * (sorted(tops)[len(tops) // 4] - low) + 0.2)     # not all of one that diverges
     target = min(variant.whole[0].config["target"] for variant in variants)
     low = min(low, target) if target > low - (high - low) / 4 else low      # far below all losses, it is not shown
     margin = 0.05 * max(high - low, 0.5)
