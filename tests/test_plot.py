@@ -43,7 +43,6 @@ def drawn(monkeypatch, tmp_path):
     """A function that draws the runs in folders, as drawn.png, and returns the figure, which is also in its figures."""
     save, out = plot.save, tmp_path / "drawn.png"
     monkeypatch.setattr(plot, "save", lambda figure, out: draw.figures.append(figure) or save(figure, out))
-
     def draw(*folders: Path, baselines: tuple = (), x: str = ""):
         runs, others = find_runs(folders)[0], find_runs(baselines)[0] if baselines else []
         plot.draw_one(runs, out, others, x) if x else plot.draw(runs, out, others)
@@ -127,17 +126,18 @@ def test_many_variants(tmp_path, drawn):
     ("one", dict(num_steps=1, val_every=1, change=lambda *_: 5.8), "one: "), ("stopped", dict(stop=1), "unfinished"),
     ("no_validation", dict(val_every=99), "no_validation: 1 of 1 unfinished"),
     (r"$\frac{a}{$ ${", {}, r"$\frac{a}{$ ${: "), ("_hidden", {}, "_hidden: "), ("a\x1b[31m\nb", {}, "a?[31m b: "),
-    ("x" * 120 + "end", {}, "x" * 30 + "…" + "x" * 27 + "end: ")])
+    ("W" * 120 + "end", dict(stop=50), "W" * 30 + "…" + "W" * 27 + "end: ")])
 def test_odd_runs(tmp_path, drawn, name, odd, expected):
     """Alone and beside a good run: the words fit into the picture, and the axis shows what is of interest."""
     good, odd = write(tmp_path / "good", 1), write(tmp_path / "odd" / name, **odd, lr=0.1)
     for folders, x, least, highest in [([odd], "seconds", 1, 1e6), ([good, odd], "", 70, 9)]:
         figure = drawn(*folders, x=x)
-        assert expected in words(figure)[-1].replace(r"\$", "$") and "$" not in words(figure)[-1].replace(r"\$", "")
-        box, (width, height) = figure.legends[0].get_window_extent(), figure.canvas.get_width_height()
-        assert 0 <= box.x0 and box.x1 <= width + 1 and 0 <= box.y0 and box.y1 <= height + 1
+        assert expected in words(figure)[-1].replace(r"\$", "$") and not re.search(r"(?<!\\)\$", words(figure)[-1])
+        box, pixels = figure.legends[0].get_window_extent(), np.asarray(Image.open(tmp_path / "drawn.png"))
+        assert box.height <= pixels.shape[0] and box.width <= pixels.shape[1]
+        seen = [line for line in figure.axes[0].lines if len(line.get_ydata()) > 1 or line.get_marker() == "."]
+        losses = np.concatenate([line.get_ydata() for line in seen])
         low, high = figure.axes[0].get_ylim()
-        losses = np.concatenate([line.get_ydata() for line in figure.axes[0].lines if line.get_linestyle() == "-"])
         assert ((low < losses) & (losses < high)).sum() >= least and high < highest
 
 
@@ -158,17 +158,17 @@ def test_metrics(tmp_path, drawn, capsys):
 def test_command_line(tmp_path, monkeypatch, capsys):
     good, bad = write(tmp_path / "logs" / "good"), write(tmp_path / "logs" / "a\x1b[31m", batch_tokens=-1)
     untrained = write(tmp_path / "untrained", change=lambda *_: np.nan)
-    write_record(tmp_path, find_runs([good])[0])
+    write_record(good, find_runs([good])[0])
     monkeypatch.chdir(tmp_path)
     for arguments, said, picture in [
             ([good], "", "logs/good/loss.png"), ([tmp_path / "logs"], "left out: ", "logs/loss.png"),
-            (["good"], "", "loss.png"), ([good, "--x", "tokens", "--baseline", "good", "--out", "x.png"], "", "x.png"),
+            ([good / "good"], "", "loss.png"), ([good, "--x=tokens", "--baseline", good, "--out=x.png"], "", "x.png"),
             ([bad], "batch_tokens -1: must be a whole number", ""), ([untrained], "no run has a finite loss", ""),
             ([good, "--out", "none/x.png"], "none/x.png cannot be written (No such file", "")]:
         monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, arguments)])
         try:
             plot.main()
-        except SystemExit as error:
+        except SystemExit as error:     # its message is printed where the process ends
             print(error.code, file=sys.stderr)
         out, err = capsys.readouterr()
         assert said in err and "\x1b" not in err and bool(picture) == out.endswith(f"{picture}\n")

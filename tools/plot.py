@@ -170,9 +170,8 @@ def draw(runs: list[Run], out: Path, baselines: list[Run] = (), panels: tuple[st
     axes[0].set_ylabel("loss (nats per token)")
 
     handles, labels = axes[0].get_legend_handles_labels()
-    longest = max(map(len, labels))
-    inside = one and len(labels) <= 6 and longest <= 60
-    figure.set_size_inches(max(8 if one else 10, 1 + longest / 12), 4.2 if inside else 3.6 + 0.22 * len(labels))
+    inside = one and len(labels) <= 6 and max(map(len, labels)) <= 60
+    figure.set_size_inches(8 if one else 10, 4.2 if inside else 3.6 + 0.22 * len(labels))
     title = "line: training loss; dot: validation loss; band and bars: std"
     title += f"; grey: {len(variants) - len(labels)} more variants, with higher losses" * (len(labels) < len(variants))
     figure.legend(handles[::-1], labels[::-1], loc="upper right" if inside else "outside lower center", title=title,
@@ -187,7 +186,7 @@ def draw_one(runs: list[Run], out: Path, baselines: list[Run], x: str) -> None:
 def save(figure: Figure, out: Path) -> Path:
     """Writes the figure as a PNG of 256 colours, which takes half the space; returns its path."""
     data = io.BytesIO()
-    figure.savefig(data, format="png")
+    figure.savefig(data, format="png", bbox_inches="tight")     # wider where a legend is
     Image.open(data).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE).save(out, format="PNG", optimize=True)
     return out
 
