@@ -29,7 +29,8 @@ AXES = dict(steps="steps", tokens="tokens", seconds="seconds of training")
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")     # colour-blind safe: Okabe and Ito, 2008
 DASHES, GREY = ("-", "--", ":"), "#808080"
 LOOKS = [dict(color=color, linestyle=dash) for dash in DASHES for color in COLORS]
-MOST_NAMED, LONGEST_NAME = 12, 60       # variants with a colour and a name, the others are grey; characters
+MOST_NAMED = 12         # variants with a colour and a name; the others are grey
+LONGEST_NAME = 60       # characters
 SMOOTHED = 20           # a training loss is drawn as the mean over the last 1 / SMOOTHED of the run's steps
 METRICS = ("gradient", "weight", "update", "orthogonality_error", "least_singular", "largest_singular")    # of Muon
 matplotlib.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
