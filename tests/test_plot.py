@@ -39,17 +39,13 @@ def logged(folder: Path, kind: str) -> np.ndarray:
 
 
 @pytest.fixture
-def drawn(monkeypatch, tmp_path):
-    """A function that draws the runs in folders, as drawn.png, and returns the figure, which is also in its figures."""
-    save, out = plot.save, tmp_path / "drawn.png"
-    monkeypatch.setattr(plot, "save", lambda figure, out: draw.figures.append(figure) or save(figure, out))
+def drawn(tmp_path):
+    """A function that draws the runs in folders, as drawn.png, and returns the figure."""
     def draw(*folders: Path, baselines: tuple = (), x: str = ""):
         runs, others = find_runs(folders)[0], find_runs(baselines)[0] if baselines else []
-        plot.draw_one(runs, out, others, x) if x else plot.draw(runs, out, others)
-        assert out.stat().st_size < 80_000
-        return draw.figures[-1]
-
-    draw.figures = []
+        figure = plot.draw(runs, tmp_path / "drawn.png", others, (x,) if x else tuple(plot.AXES))
+        assert (tmp_path / "drawn.png").stat().st_size < 80_000
+        return figure
     return draw
 
 
@@ -139,20 +135,6 @@ def test_odd_runs(tmp_path, drawn, name, odd, expected):
         losses = np.concatenate([line.get_ydata() for line in seen])
         low, high = figure.axes[0].get_ylim()
         assert ((low < losses) & (losses < high)).sum() >= least and high < highest
-
-
-def test_metrics(tmp_path, drawn, capsys):
-    """Each line is the mean over the layers of the values in the log; a damaged line is left out, which is said."""
-    path, out = write(tmp_path / "run") / "log.txt", tmp_path / "x.png"
-    assert plot.draw_metrics(find_runs([path])[0], out) is None
-    values = np.random.default_rng(0).random((len(plot.METRICS), 2, 3))      # of two layers at three steps
-    for i in range(3):
-        layers = {f"blocks.{layer}.up": dict(zip(plot.METRICS, values[:, layer, i], strict=True)) for layer in range(2)}
-        line = f"metrics: {json.dumps(dict(step=i, parameters=layers))}\n"
-        path.write_text(path.read_text() + line + line[:-40] + "\n" + line.replace(": 0.", ': "0.', 1))
-    assert plot.draw_metrics(find_runs([path])[0], out) == tmp_path / "x_metrics.png"
-    np.testing.assert_allclose([axis.lines[0].get_ydata() for axis in drawn.figures[-1].axes], values.mean(axis=1))
-    assert capsys.readouterr().err.count(f"damaged line of metrics in {path}\n") == 6
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):

@@ -6,17 +6,14 @@
     python tools/plot.py records/tiny/2026-11-23_recipes --x seconds --out hero.png
 
 The runs of one setting, such as the seeds of a variant, are the line of their mean, in a band of their std. One that
-stopped before the others is a thin line. Runs that had --metrics_every get a second picture, loss_metrics.png.
+stopped before the others is a thin line.
 """
 
 import argparse
 import io
-import json
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
 import matplotlib
 import numpy as np
@@ -32,7 +29,6 @@ LOOKS = [dict(color=color, linestyle=dash) for dash in DASHES for color in COLOR
 MOST_NAMED = 12         # variants with a colour and a name; the others are grey
 LONGEST_NAME = 60       # characters
 SMOOTHED = 20           # a training loss is drawn as the mean over the last 1 / SMOOTHED of the run's steps
-METRICS = ("gradient", "weight", "update", "orthogonality_error", "least_singular", "largest_singular")    # of Muon
 matplotlib.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
 
 
@@ -156,8 +152,8 @@ def draw_panel(axis, variants: list[Variant], x: str, brief: bool) -> None:
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def draw(runs: list[Run], out: Path, baselines: list[Run] = (), panels: tuple[str, ...] = tuple(AXES)) -> None:
-    """Writes the picture of the losses, with a panel against each of AXES."""
+def draw(runs: list[Run], out: Path, baselines: list[Run] = (), panels: tuple[str, ...] = tuple(AXES)) -> Figure:
+    """Writes the picture of the losses, with a panel against each of AXES, and returns it as matplotlib's."""
     variants, one = variants_of(runs, baselines), len(panels) == 1
     figure = Figure(dpi=150 if one else 100, layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -177,50 +173,11 @@ def draw(runs: list[Run], out: Path, baselines: list[Run] = (), panels: tuple[st
     title += f"; grey: {len(variants) - len(labels)} more variants, with higher losses" * (len(labels) < len(variants))
     figure.legend(handles[::-1], labels[::-1], loc="upper right" if inside else "outside lower center", title=title,
                   edgecolor="none", handlelength=3)
-    save(figure, out)
-
-
-def draw_one(runs: list[Run], out: Path, baselines: list[Run], x: str) -> None:
-    draw(runs, out, baselines, (x,))
-
-
-def save(figure: Figure, out: Path) -> Path:
-    """Writes the figure as a PNG of 256 colours, which takes half the space; returns its path."""
     data = io.BytesIO()
     figure.savefig(data, format="png", bbox_inches="tight")     # wider where a legend is
+    # 256 colours take half the space
     Image.open(data).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE).save(out, format="PNG", optimize=True)
-    return out
-
-
-def read_metrics(run: Run) -> dict[str, dict]:
-    """Returns {kind of parameter: {step: {metric: mean over the layers}}} of a log; {} where it has no metrics."""
-    found = {}
-    text = run.path.read_text(encoding="utf-8") if run.path.is_file() else ""
-    for line in re.findall(r'^metrics: (\{"step".*)', text, re.MULTILINE):
-        try:
-            entry, kinds = json.loads(line), {}
-            for name, metrics in entry["parameters"].items():
-                kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(metrics)
-            for kind, layers in kinds.items():
-                means = {metric: fmean(layer[metric] for layer in layers) for metric in METRICS}
-                found.setdefault(kind, {})[int(entry["step"])] = means
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-            print(f"plot.py: left out: a damaged line of metrics in {printable(str(run.path))}", file=sys.stderr)
-    return found
-
-
-def draw_metrics(runs: list[Run], out: Path) -> Path | None:
-    """Writes <stem>_metrics.png beside `out`, of at most as many lines as LOOKS; returns its path, None without any."""
-    lines = [(f" {shown(run.name)}, {shown(kind)}", steps) for run in runs for kind, steps in read_metrics(run).items()]
-    if not lines:
-        return None
-    figure = Figure((10, 5 + 0.22 * min(len(lines), len(LOOKS))), layout="constrained")
-    for axis, metric in zip(figure.subplots(2, 3, sharex=True).flat, METRICS, strict=True):
-        for (name, steps), look in zip(lines, LOOKS, strict=False):
-            axis.plot(list(steps), [means[metric] for means in steps.values()], **look, linewidth=1.2, label=name)
-        axis.set(title=metric.replace("_", " "), xlabel="steps")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", edgecolor="none", handlelength=3)
-    return save(figure, out.with_name(f"{out.stem}_metrics.png"))
+    return figure
 
 
 def main():
@@ -238,12 +195,11 @@ def main():
         for text in bad + more_bad:
             print(f"plot.py: left out: {text}", file=sys.stderr)
         draw(runs, out, baselines, (args.x,) if args.x else tuple(AXES))
-        metrics = draw_metrics(runs + baselines, out)
     except LogError as error:
         sys.exit(f"plot.py: {error}")
     except OSError as error:
         sys.exit(f"plot.py: {printable(str(out))} cannot be written ({error.strerror}); give another --out")
-    print(*(f"plot: {printable(str(path))}" for path in (out, metrics) if path), sep="\n")
+    print(f"plot: {printable(str(out))}")
 
 
 if __name__ == "__main__":
