@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The GPU checks of bench/README.md, on one GPU, in parts of under 10 minutes each, with no network:
 #   bench/gpu.sh tests       the tests marked cuda
-#   bench/gpu.sh small       50 steps of the small track on local text: tokens a second, MFU, memory, compile seconds
+#   bench/gpu.sh small       50 steps of the small track on local text: tokens/s, MFU, memory, compile seconds
 #   bench/gpu.sh optimizers  a step of each optimizer on the 124M model's matrices, and the state it takes
 #   bench/gpu.sh all         all of them
 # PYTHON names the interpreter (default: python3; torch 2.11 or newer), OUT a folder for the logs (default: logs/gpu).

@@ -151,8 +151,6 @@ def test_tables_are_caught_and_put_right(root, tmp_path):
         with pytest.raises(runs.LogError, match=message):
             leaderboard.update(root, write=True)
         assert readme.read_text() == right.replace(old, new, 1)
-    readme.write_text("no table\n")
-    assert any("has no table; write <!-- record" in text for text in leaderboard.update(root, write=False))
 
 
 # reproduce.py
@@ -182,11 +180,8 @@ def again(record, monkeypatch, capfd):
     return again
 
 
-def test_reproduce_shows_what_it_would_run(record, again, tmp_path):
-    status, out = again(record / "one", "--out", tmp_path / "source.py")
+def test_reproduce_shows_what_it_would_run(record, again):
     sha256 = hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()
-    assert status == 0 and (tmp_path / "source.py").read_text() == (ROOT / "train_gpt.py").read_text()
-    assert "exists" in again(record / "one", "--out", tmp_path / "source.py")[0]
     status, out = again(record / "one")
     assert status == 0 and f"source: sha256 {sha256}, as recorded" in out and "hardware: 1 x " in out
     assert "--lr=1e-07 " in out and "--grad_clip=0.5 " in out and "--log_dir" not in out and "torch: " in out
@@ -251,7 +246,8 @@ def test_records_are_small_and_whole():
         found = runs.read_record(folder)
         assert all(run.source or run.name.startswith("development_") for run in found), folder
         if folder.name != "search":
-            assert len((folder / "README.md").read_text().splitlines()) <= 40
+            readme = (folder / "README.md").read_text()
+            assert len(readme.splitlines()) <= 40 and f"\n<!-- record tiny/{folder.name}" in readme
             assert (folder / "loss.png").stat().st_size < 80_000
 
 

@@ -224,7 +224,7 @@ def main() -> int:
     parser.add_argument("--nproc", type=int, default=1, help="processes, or GPUs, of a run (default: 1)")
     args = parser.parse_args()
 
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")              # as run.sh; see bench/README.md
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")              # as run.sh
     signal.signal(signal.SIGTERM, signal.default_int_handler)     # as Ctrl-C
     sys.stdout.reconfigure(line_buffering=True)
     try:

@@ -119,40 +119,24 @@ def read_plan(folder: Path) -> dict | None:
                        "runs") from None
 
 
-def check_plan(runs: list[Run], metric: str, alpha: float) -> list[str]:
-    """Returns voids: planned runs that are not among these, and another metric or alpha than the plan's."""
-    voids = []
-    for folder in sorted({run.folder for run in runs if run.side}):
-        plan = read_plan(folder)
-        if plan is None:
-            continue
-        given = {run.name for run in runs if run.folder == folder}
-        letters = {run.side for run in runs if run.folder == folder}
-        planned = [name for name in plan["runs"] if not letters.isdisjoint(name.split("_"))]
-        missing = [name for name in planned if name not in given]
+def check_folder(folder: Path, runs: list[Run], metric: str, alpha: float) -> tuple[list[str], list[str]]:
+    """Returns (voids, warnings) about what these runs' folder holds beside them: a plan, and runs of their settings."""
+    plan, voids, given = read_plan(folder), [], {run.name for run in runs}
+    if plan:
+        letters = {run.side for run in runs}
+        missing = [name for name in plan["runs"] if name not in given and not letters.isdisjoint(name.split("_"))]
         if missing:
             voids.append(f"runs left out: {folder}/plan.json has {names(missing)}, not here")
         for what, value in (("metric", metric), ("alpha", alpha)):
             if plan[what] != value:
                 voids.append(f"{what} chosen after looking: {value}, where {folder}/plan.json has {plan[what]}")
-    return voids
-
-
-def check_beside(runs: list[Run]) -> list[str]:
-    """Returns a warning about runs of the same settings that lie beside these and are neither given nor planned."""
-    settings, given, alike = [setting(run) for run in runs], {run.path.resolve() for run in runs}, []
-    for folder in sorted({run.folder for run in runs}):
-        plan = read_plan(folder) or dict(runs=[])
-        logs = [*folder.glob("*/log.txt"), *folder.glob("*.txt")]
-        try:
-            beside, _ = find_runs([folder] if (folder / "runs.json").exists() else logs)
-        except LogError:
-            continue
-        for other in beside:
-            new = other.path.resolve() not in given and other.name not in plan["runs"]
-            if new and setting(other) in settings:
-                alike.append(other)
-    return [f"runs of the same setting lie beside these and are not counted: {names(alike)}"] if alike else []
+        given.update(plan["runs"])
+    logs = [folder] if (folder / "runs.json").exists() else [*folder.glob("*/log.txt"), *folder.glob("*.txt")]
+    try:
+        beside = [run for run in find_runs(logs)[0] if run.name not in given and setting(run) in map(setting, runs)]
+    except LogError:
+        beside = []
+    return voids, [f"runs of the same setting lie beside these, not counted: {names(beside)}"] if beside else []
 
 
 def check(variants: dict[str, list[Run]], metric: str) -> tuple[list[str], list[str]]:
@@ -246,8 +230,10 @@ def compare(a: list[Run], b: list[Run], metric: str, alpha: float = 0.05, candid
             raise LogError(f"{letter} has no finished run (given: {names(variants[letter]) or 'none'}); give runs that "
                            "trained to their last step")
     voids, warnings = check(variants, metric)
-    voids += check_plan(a + b, metric, alpha)
-    warnings += check_beside(a + b)
+    for folder in sorted({run.folder for run in a + b}):
+        more_voids, more_warnings = check_folder(
+            folder, [run for run in a + b if run.folder == folder], metric, alpha)
+        voids, warnings = voids + more_voids, warnings + more_warnings
 
     # What is compared: two samples, or the ratios in blocks.
     seconds_a, seconds_b = ([run.final[0] for run in runs] for runs in finished.values())
@@ -319,12 +305,6 @@ def report(result: Result) -> str:
                       f"verdict: {result.verdict}"])
 
 
-def by_letter(runs: list[Run]) -> dict[str, list[Run]]:
-    """Returns {letter: runs} of an experiment, A first."""
-    letters = sorted({"A", *(run.side for run in runs if run.side)})
-    return {letter: [run for run in runs if run.side == letter] for letter in letters}
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="%(prog)s A... vs B... --metric METRIC [options], or %(prog)s EXPERIMENT")
@@ -333,27 +313,25 @@ def main():
     parser.add_argument("--alpha", type=float, help="accepted chance of a wrong 'faster' or 'slower' (0.05)")
     args = parser.parse_args()
     try:
-        plan = {} if "vs" in args.paths else len(args.paths) == 1 and read_plan(Path(args.paths[0]))
+        plan = {} if len(args.paths) > 1 else read_plan(Path(args.paths[0]))
         if plan:
             runs, bad = find_runs(args.paths)
-            variants = by_letter(runs)
+            variants = {letter: [run for run in runs if run.side == letter]
+                        for letter in sorted({"A", *(run.side for run in runs if run.side)})}
         elif "vs" in args.paths[1:-1]:
             middle = args.paths.index("vs")
-            (a, bad_a), (b, bad_b) = find_runs(args.paths[:middle]), find_runs(args.paths[middle + 1:])
-            variants, bad = dict(A=a, B=b), bad_a + bad_b
+            (a, bad), (b, more) = find_runs(args.paths[:middle]), find_runs(args.paths[middle + 1:])
+            variants, bad = dict(A=a, B=b), bad + more
         else:
             parser.error(f"{printable(' '.join(args.paths))}: give A... vs B..., or one folder with a plan.json")
-        metric = args.metric or plan.get("metric")
-        if not metric:
-            parser.error(f"--metric: name the one that decides, {', '.join(METRICS)}")
-        alpha = plan.get("alpha", 0.05) if args.alpha is None else args.alpha
     except LogError as error:
         sys.exit(f"compare.py: {error}")
-    failed = False
+    metric, alpha, failed = args.metric or plan.get("metric"), args.alpha or plan.get("alpha", 0.05), False
+    if not metric:
+        parser.error(f"--metric: name the one that decides, {', '.join(METRICS)}")
     for candidate, runs in list(variants.items())[1:]:
         try:
-            result = compare(variants["A"], runs, metric, alpha, candidate)
-            print(report(result), end="\n\n")
+            print(report(compare(variants["A"], runs, metric, alpha, candidate)), end="\n\n")
         except LogError as error:     # such as no finished run, which other candidates may have
             print(f"compare.py: {error}", file=sys.stderr)
             failed = True

@@ -19,6 +19,7 @@ import re
 import shlex
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import leaderboard
@@ -96,21 +97,21 @@ def keep(name: str, paths: list[Path], recipes: list[str], root: Path = ROOT) ->
     folder = root / "records" / record
     if folder.exists():
         raise LogError(f"{folder} exists, and a record is never overwritten; give another --name")
-    part = folder.with_name(f".{folder.name}")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    write_record(part, runs)
-    if plan:
-        shutil.copyfile(plan, part / "plan.json")
-    if len(variants) > 1:
-        (part / "change.diff").write_text(change(variants), encoding="utf-8")
-    plot.draw([run for run in runs if run.losses["train"]], part / "loss.png")
-    told = command(plan) if plan else f"{leaderboard.TO_WRITE} the command)"
-    (part / "README.md").write_text(readme(name, record, runs, told, len(variants) > 1), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as temporary:
+        part = Path(temporary) / "record"
+        part.mkdir()
+        write_record(part, runs)
+        if plan:
+            shutil.copyfile(plan, part / "plan.json")
+        if len(variants) > 1:
+            (part / "change.diff").write_text(change(variants), encoding="utf-8")
+        plot.draw(runs, part / "loss.png")
+        told = command(plan) if plan else f"{leaderboard.TO_WRITE} the command)"
+        (part / "README.md").write_text(readme(name, record, runs, told, len(variants) > 1), encoding="utf-8")
+        shutil.copytree(part, folder)
     (root / "records" / "sources").mkdir(exist_ok=True)
     for run in runs:
         (root / "records" / "sources" / f"{run.source_sha256[:12]}.py").write_text(run.source, encoding="utf-8")
-    part.rename(folder)
     leaderboard.update(root, write=True)
     return folder
 

@@ -4,7 +4,6 @@
     python tools/reproduce.py records/tiny/RECORD/RUN            # says what would run, and how this machine differs
     python tools/reproduce.py records/tiny/RECORD/RUN --run      # asks, runs it, compares the final losses
     python tools/reproduce.py logs/RUN --run --yes -- --num_steps 3       # without asking, and with other options
-    python tools/reproduce.py logs/RUN --out old_train_gpt.py    # writes the source
 
 The source runs as a program of yours, so read a stranger's first. It runs in this repository's folder, for its data,
 with as many processes and CPU threads as then, and its log goes to logs/reproduce_*. On the same hardware and threads
@@ -90,14 +89,6 @@ def execute(command: list[str], environment: dict) -> int:
 
 def reproduce(args: argparse.Namespace, overrides: list[str]) -> int:
     run = find_run(args.run_path)
-    if args.out:
-        if args.out.exists():
-            raise LogError(f"--out {args.out} exists; name a new file")
-        args.out.write_text(run.source, encoding="utf-8")
-        print(f"source: {args.out}")
-        return 0
-
-    # What it was, and what is here.
     nproc = args.nproc or run.world_size or 1
     threads = re.search(r"x (\d+) threads of", run.hardware or "")
     shown = {}
@@ -120,8 +111,8 @@ def reproduce(args: argparse.Namespace, overrides: list[str]) -> int:
 
     if not args.yes:
         if not sys.stdin.isatty():
-            raise LogError("this would run code from a log, and there is no terminal to ask on; read it (--out FILE), "
-                           "then give --yes")
+            raise LogError("this would run code from a log, and there is no terminal to ask on; read it, then give "
+                           "--yes")
         if input(f"Run this code from {run.path} on this machine? [y/N] ").strip().lower() not in ("y", "yes"):
             print("not run")
             return 1
@@ -141,12 +132,11 @@ def main():
     arguments = sys.argv[1:]
     middle = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="%(prog)s RUN [--run [--yes]] [--nproc N] [--out FILE] [-- OPTIONS]")
+                                     usage="%(prog)s RUN [--run [--yes]] [--nproc N] [-- OPTIONS]")
     parser.add_argument("run_path", type=Path, metavar="RUN", help="log, run folder, or RECORD/NAME")
     parser.add_argument("--run", action="store_true", help="run it, after a question")
     parser.add_argument("--yes", action="store_true", help="the answer to that question")
     parser.add_argument("--nproc", type=int, help="processes (default: as many as the run had)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the source here, and do nothing else")
     args = parser.parse_args(arguments[:middle])
     try:
         sys.exit(reproduce(args, arguments[middle + 1:]))
