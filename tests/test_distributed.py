@@ -61,8 +61,7 @@ def steps(first: int, last: int, state: dict | None = None) -> tuple[dict, dict]
 
 
 def on_a_rank(rank: int, size: int, port: int, path) -> dict:
-    """Makes 10 steps. Two ranks save their state after 5 at `path`, four also go on from it. `share`: how many matrices
-    this rank orthogonalized in a step."""
+    """Makes 10 steps. Two ranks save their state after 5, from which four go on. `share`: matrices of this rank."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     train_gpt.join_ranks(60)
     facts = dict(all_reduces=count_all_reduces())
