@@ -74,7 +74,7 @@ def steps(track: str, launched: str) -> list[str]:
         TORCHRUN + "2 train_gpt.py tiny --train_files m*.bin --val_files=v.bin --run_id r --log_dir a",
         "tools/plot.py a/r", "run.sh: the run is complete, but its plot could not be drawn"]),
     ("--resume logs/new", EIGHT, 0, [
-        "data/shards.py verify t t v", TORCHRUN + "8 train_gpt.py --resume logs/new", "tools/plot.py logs/new"]),
+        "data/shards.py verify t  t v", TORCHRUN + "8 train_gpt.py --resume logs/new", "tools/plot.py logs/new"]),
     ("tiny", dict(FAILS="verify"), 1, [*steps("tiny", "")[:2], "bad: y"]),
     ("tiny", dict(FAILS="train_gpt"), 3, steps("tiny", "train_gpt.py tiny")[:-1]),
     ("large", {}, 1, ["error: track large: give small or tiny or mine"]),
@@ -84,7 +84,7 @@ def steps(track: str, launched: str) -> list[str]:
     pytest.param("", dict(GPUS="1", BYTES="20e9"), 0, steps("small", "train_gpt.py small"), marks=pytest.mark.slow)])
 def test_what_it_runs(clone, arguments, variables, status, lines):
     (clone / "logs/new").mkdir(parents=True)
-    torch.save(dict(config=vars(train_gpt.Config(train_files="t t", val_files="v"))), clone / "logs/new/checkpoint.pt")
+    torch.save(dict(config=vars(train_gpt.Config(train_files="t  t", val_files="v"))), clone / "logs/new/checkpoint.pt")
     found, _, errors = result(clone, *arguments.split(), **variables)
     assert (found, [line.replace(f"{clone}/", "") for line in errors]) == (status, lines)
 
@@ -106,7 +106,7 @@ def test_a_new_track_is_one_entry_and_signals_save(clone):
 
 def test_a_clone_without_the_pins_makes_venv_once(clone):
     """Where there is no Python, one that is too old, one without the pins, one that has them; and no such pins."""
-    version = metadata.version("packaging")
+    real, version = os.path.realpath(sys.executable), metadata.version("packaging")
     with zipfile.ZipFile(clone / f"packaging-{version}-py3-none-any.whl", "w") as wheel:
         for file in metadata.files("packaging"):
             wheel.write(file.locate(), file)
@@ -114,14 +114,14 @@ def test_a_clone_without_the_pins_makes_venv_once(clone):
     script(clone / "dev.txt", "-r requirements.txt\npackaging>1\n")
     for tool in ("bash", "dirname", "grep"):
         (clone / tool).symlink_to(shutil.which(tool))
-    script(clone / "python", "#!/bin/sh\nexit 1\n")
+    script(clone / "python", f"""#!/bin/sh\n{real} -Ic "import sys; sys.version_info = (3, 9); exec(sys.argv[2])" "$@"\n""")
 
     def env(path="."):
         return result(clone, "env", "dev.txt", PYTHON="", PATH=path, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(clone))
 
     status, output, errors = env()
     assert status == 1 and not output and errors[-1].endswith("no Python 3.10 or newer was found; install one")
-    script(clone / "python3", f'#!/bin/sh\nexec {os.path.realpath(sys.executable)} -I "$@"\n')
+    script(clone / "python3", f'#!/bin/sh\nexec {real} -I "$@"\n')
     assert env() == (0, ".venv/bin/python\n", ["run.sh: installing dev.txt into .venv, once"])
     assert env() == (0, ".venv/bin/python\n", [])
     assert env(path=".venv/bin:.") == (0, "python\n", [])     # an active environment that has them
