@@ -114,7 +114,7 @@ def test_a_clone_without_the_pins_makes_venv_once(clone):
     script(clone / "dev.txt", "-r requirements.txt\npackaging>1\n")
     for tool in ("bash", "dirname", "grep"):
         (clone / tool).symlink_to(shutil.which(tool))
-    script(clone / "python", f"""#!/bin/sh\n{real} -Ic "import sys; sys.version_info = (3, 9); exec(sys.argv[2])" "$@"\n""")
+    script(clone / "python", f'#!/bin/sh\n{real} -Ic "import sys; sys.version_info = 3, 9; exec(sys.argv[2])" "$@"\n')
 
     def env(path="."):
         return result(clone, "env", "dev.txt", PYTHON="", PATH=path, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(clone))
