@@ -83,7 +83,7 @@ def test_a_run_whose_folder_has_moved_goes_on_bit_equal(one, whole, tmp_path):
     shutil.copytree(one, tmp_path / "moved")
     assert train("--resume", tmp_path / "moved", "--save_every", 20) == 0
     assert losses(tmp_path / "moved") == losses(whole)     # which also compares the steps that were logged twice
-    assert (tmp_path / "moved/log.txt").read_text().count("\nstep:13/20 train_loss") == 2
+    assert len(re.findall("^step:13/20 (?:.* )?train_loss", (tmp_path / "moved/log.txt").read_text(), re.M)) == 2
     a, b = checkpoint(whole), checkpoint(tmp_path / "moved")
     assert a.keys() == b.keys() >= {"step", "seconds", "rng", "model", "adamw", "muon"} and a["step"] == 20
     for key in a.keys() - {"seconds", "config"}:
@@ -200,7 +200,7 @@ def test_a_fork_adds_a_part_to_the_state_and_a_figure_to_the_log(text, tmp_path,
     assert train("--resume", tmp_path / "r", "--log_dir", tmp_path / "again") == 0
     assert averages[0].n_averaged == 20 and same(averages[0].state_dict(), averages[1].state_dict())
     assert not same(averages[0].module.state_dict(), checkpoint(tmp_path / "r")["model"])
-    assert re.search(r"^step:3/20 three:3\.0+ train_loss:\S+ ", (tmp_path / "r/log.txt").read_text(), re.M)
+    assert re.search(r"^step:3/20 three:3\.0+ (?:.* )?train_loss:\S+ ", (tmp_path / "r/log.txt").read_text(), re.M)
     read = runs.read_log(tmp_path / "r")
     assert read.losses["train"].keys() == set(range(1, 21)) and read.finished
 
