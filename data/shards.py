@@ -31,7 +31,7 @@ REMEDY = "delete it and prepare the data again"
 
 
 class ShardError(ValueError):
-    """A file is not a good shard, or a shard cannot be written; the message names the file and the remedy."""
+    """A file is not a good shard, or cannot be made into one; the message names the file and the remedy."""
 
 
 class ShardWriter:
