@@ -227,8 +227,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     try:
-        there = [good_tokens(args.out, split) for split in SPLITS]
-        if all(there) and not args.force:
+        there = [0 if args.force else good_tokens(args.out, split) for split in SPLITS]
+        if all(there):
             print(f"{args.out}: {there[0]:,} training and {there[1]:,} validation tokens are there (--force rewrites)")
             return
         files = find_files(args)
@@ -241,7 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Timeout:
         sys.exit(f"local_text.py: another run is writing to {args.out}; wait for its end")
     except (ShardError, OSError) as error:      # an error of a full disk names no file
-        sys.exit(f"local_text.py: no shards in {args.out}: {error}")
+        sys.exit(f"local_text.py: nothing was written to {args.out}: {error}")
     except KeyboardInterrupt:
         sys.exit("local_text.py: interrupted; run it again")
 
