@@ -25,7 +25,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return {base64.b64decode(token): int(rank) for token, rank in map(str.split, path.read_text().splitlines())}
 
 
-def encode(text: str, ranks: dict[bytes, int]) -> list[int]:
+def plain_bpe(text: str, ranks: dict[bytes, int]) -> list[int]:
     """In each piece of the split, the adjacent pair of the lowest rank is merged until no pair has one."""
     ids = []
     for piece in regex.findall(SPLIT, text):

@@ -4,7 +4,6 @@ import base64
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import os
 import random
@@ -14,14 +13,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bpe_reference
 import local_text
 import pyarrow
 import pyarrow.parquet
 import pytest
 import shards
 import torch
-from bpe_reference import GPT2_RANKS, read_ranks, write_small_ranks
+from bpe_reference import GPT2_RANKS, plain_bpe, read_ranks, write_small_ranks
 from conftest import ROOT
 
 import train_gpt
@@ -33,18 +31,18 @@ def make(*arguments):
     local_text.main([str(argument) for argument in arguments])
 
 
-def error_of(capsys, *arguments) -> str:
+def error_of(*arguments) -> str:
     with pytest.raises(SystemExit) as stop:
         make(*arguments)
-    return f"{stop.value.code}\n{capsys.readouterr().err}"
+    return str(stop.value)
 
 
 def digest(name: str) -> int:
     return int(hashlib.sha1(name.encode()).hexdigest(), 16)
 
 
-def files(folder: Path, pattern: str = "[!.]*") -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob(pattern))}
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("[!.]*"))}
 
 
 def texts(out: Path) -> list[bytes]:
@@ -62,7 +60,7 @@ def encoding(request, tmp_path, monkeypatch):
         option, path = "gpt2", GPT2_RANKS
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(path.parent))
     ranks = read_ranks(path)
-    return option, len(ranks) + 1, lambda text: bpe_reference.encode(text.decode("utf-8", "replace"), ranks)
+    return option, len(ranks) + 1, lambda text: plain_bpe(text.decode("utf-8", "replace"), ranks)
 
 
 def odd_document(rng: random.Random) -> bytes:
@@ -110,60 +108,57 @@ def test_every_document_stands_in_the_shards_once_and_in_order(tmp_path, monkeyp
         make(given, "--out", f"{workers}", "--workers", workers, "--encoding", option)
         assert files(tmp_path / f"{workers}") == files(tmp_path / "1")
     for split, documents in expected.items():
-        tokens = sum(documents, [])
-        found = [shards.read_shard(path) for path in sorted(tmp_path.glob(f"1/{split}*"))]
-        assert [piece.tolist() for piece, _ in found] == [tokens[i:i + size] for i in range(0, len(tokens), size)]
-        assert {stated_size for _, stated_size in found} == {vocab_size}
+        tokens, found = sum(documents, []), map(shards.read_shard, sorted(tmp_path.glob(f"1/{split}*")))
+        expected_shards = [(tokens[i:i + size], vocab_size) for i in range(0, len(tokens), size)]
+        assert [(piece.tolist(), stated_size) for piece, stated_size in found] == expected_shards
 
 
 def test_tiny_data_is_what_the_preset_names(tmp_path):
     if torch.__version__.split("+")[0] != "2.13.0":
         pytest.skip(f"the preset's sha256 are of torch 2.13.0's sources, here is {torch.__version__}")
     make("--out", tmp_path)
-    c = train_gpt.make_config(dict(track="tiny"))
-    made = [hashlib.sha256(data).hexdigest() for data in files(tmp_path).values()]
-    assert made == [c.train_sha256, c.val_sha256]
+    c, made = train_gpt.make_config(dict(track="tiny")), files(tmp_path).values()
+    assert [hashlib.sha256(data).hexdigest() for data in made] == [c.train_sha256, c.val_sha256]
 
 
 @pytest.fixture
-def both(tmp_path) -> dict[str, Path]:
-    """A folder tmp_path/text with a file for each split."""
+def folder(tmp_path) -> Path:
+    """With a file for training, 0.txt, and one for validation, 7.txt."""
+    assert digest("0.txt") % 20 and digest("7.txt") % 20 == 0
     (tmp_path / "text").mkdir()
-    paths = {"train": tmp_path / "text/0.txt", "val": tmp_path / "text/7.txt"}
-    for split, path in paths.items():
-        path.write_text(f"the {split} text")
-    assert [digest(path.name) % 20 == 0 for path in paths.values()] == [False, True]
-    return paths
+    (tmp_path / "text/0.txt").write_text("the train text")
+    (tmp_path / "text/7.txt").write_text("the val text")
+    return tmp_path / "text"
 
 
-def test_what_a_folder_a_file_and_a_pattern_take(tmp_path, both, monkeypatch):
-    text, basic, upper = tmp_path / "text", [b"the train text", b"the val text"], b"other sub/UPPER.TXT"
-    (text / "sub" / "folder.txt").mkdir(parents=True)
+def test_what_a_folder_a_file_and_a_pattern_take(tmp_path, folder, monkeypatch):
+    basic, upper = [b"the train text", b"the val text"], b"other sub/UPPER.TXT"
+    (folder / "sub" / "folder.txt").mkdir(parents=True)
     for name in ("a.bin", "b.jpg", "noending", "sub/UPPER.TXT"):
-        (text / name).write_bytes(b"other " + name.encode())
-    monkeypatch.chdir(text)
-    monkeypatch.setenv("HOME", str(text))
-    for given, more in (([text], [upper]), (["~/*.txt"], []), (["*.txt", "sub/.."], [*basic, upper]),
-                        ([*both.values(), "a.bin"], [b"other a.bin"]), ([f"{text}/**/*.[tT]*"], [upper]),
-                        ([text, "--suffixes", ".txt", ".jpg"], [b"other b.jpg", upper])):
+        (folder / name).write_bytes(b"other " + name.encode())
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(folder))
+    for given, more in (([folder], [upper]), (["~/*.txt"], []), (["*.txt", "sub/.."], [*basic, upper]),
+                        (["0.txt", "7.txt", "a.bin"], [b"other a.bin"]), ([f"{folder}/**/*.[tT]*"], [upper]),
+                        ([folder, "--suffixes", ".txt", ".jpg"], [b"other b.jpg", upper])):
         make(*given, "--out", tmp_path / "out", "--force")
         assert texts(tmp_path / "out") == sorted(basic + more), given
 
 
-def test_separators_equal_names_and_half_characters(tmp_path, both):
+def test_separators_equal_names_and_half_characters(tmp_path, folder):
     pieces = [f"document {i}".encode() for i in range(60)]
     (tmp_path / "a.md").write_bytes(b"--\n".join([*pieces, b"", b"\n"]))
     (tmp_path / "a.jsonl").write_text(r'{"body": "a\ud83db\ud83d\ude42"}')
     (tmp_path / "0.txt").write_text("second")
-    inputs = [tmp_path / name for name in ("text", "0.txt", "a.md", "a.jsonl")]
-    make(*inputs, r"--separator=--\n", "--text_field", "body", "--out", tmp_path / "out")
+    given = [folder, *map(tmp_path.joinpath, ("0.txt", "a.md", "a.jsonl"))]
+    make(*given, r"--separator=--\n", "--text_field", "body", "--out", tmp_path / "out")
     half = b"a\xed\xa0\xbdb" + "🙂".encode()     # three bytes that are not UTF-8
     assert texts(tmp_path / "out") == sorted([*pieces, b"the train text", b"the val text", b"second", half])
 
 
-def test_what_is_not_utf8_is_counted(tmp_path, both, capsys):
-    both["train"].write_bytes("\ufffd".encode() + b" in \xff\xfe the \xf0\x9f")      # two bytes and a half character
-    make(tmp_path / "text", "--out", tmp_path / "out", "--encoding", write_small_ranks(tmp_path / "ranks"))
+def test_what_is_not_utf8_is_counted(tmp_path, folder, capsys):
+    (folder / "0.txt").write_bytes("\ufffd".encode() + b" in \xff\xfe the \xf0\x9f")     # two bytes, half a character
+    make(folder, "--out", tmp_path / "out", "--encoding", write_small_ranks(tmp_path / "ranks"))
     assert capsys.readouterr().err == "note: 3 characters were not UTF-8 and became U+FFFD\n"
 
 
@@ -175,49 +170,47 @@ def test_what_is_not_utf8_is_counted(tmp_path, both, capsys):
     ("a.parquet", dict(body=["a"], n=[1]), "row 1 has no text in 'text': {'body': 'a', 'n': 1}"),
     ("a.parquet", b"text", "a.parquet: ArrowInvalid"), ("a.gz", b"text", "a.gz: BadGzipFile"),
     ("a.txt.gz", gzip.compress(bytes(range(256)) * 9)[:-20], "a.txt.gz: EOFError"),
-    ("a.txt", b"a" + b"\n" * 1_200_000 + b"b", "a.txt: tiktoken cannot split it")], ids=itertools.count())
-def test_errors_of_files(tmp_path, both, capsys, name, data, message):
+    ("a.txt", b"a" + b"\n" * 1_200_000 + b"b", "a.txt: tiktoken cannot split it")], ids=repr)
+def test_errors_of_files(tmp_path, folder, name, data, message):
     if isinstance(data, dict):
         pyarrow.parquet.write_table(pyarrow.table(data), tmp_path / name)
     else:
         (tmp_path / name).write_bytes(data)
-    options = ["--out", tmp_path / "out", "--encoding", write_small_ranks(tmp_path / "ranks")]
-    error = error_of(capsys, tmp_path / "text", tmp_path / name, *options)
-    assert message in error and str(tmp_path / name) in error and not files(tmp_path / "out", "*[!k]")
+    error = error_of(folder, tmp_path / name, "--out", tmp_path / "out", "--encoding",
+                     write_small_ranks(tmp_path / "ranks"))
+    assert message in error and str(tmp_path / name) in error and os.listdir(tmp_path / "out") == [".local_text.lock"]
 
 
 @pytest.mark.parametrize("given, options, message", [
     ("no", [], "no: no such file"), ("text/0.txt", [], "1 documents fall to training and 0 to validation"),
     ("empty", [], "none in it ends in .txt .md .py .jsonl .parquet (--suffixes)"),
-    ("text", ["--encoding", "none"], "none: not BPE ranks"), ("text", ["--workers", "0"], "--workers 0: give at least"),
-    ("text", ["--out", "text/0.txt"], "File exists")], ids=itertools.count())
-def test_errors_of_arguments(tmp_path, both, monkeypatch, capsys, given, options, message):
+    ("text", ["--encoding", "none"], "none: not BPE ranks"), ("text", ["--out", "text/0.txt"], "File exists")])
+def test_errors_of_arguments(tmp_path, folder, monkeypatch, given, options, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    assert message in error_of(capsys, given, "--out", "out", *options)
+    assert message in error_of(given, "--out", "out", *options)
 
 
-def test_shards_that_are_not_good_are_written_again(tmp_path, both, monkeypatch):
+def test_shards_that_are_not_good_are_written_again(tmp_path, folder, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setattr(local_text, "SHARD_TOKENS", 5)
-    make(tmp_path / "text", "--out", out)
+    make(folder, "--out", out)
     whole = files(out)
     assert len(whole) == 3 + 3
     for damage in (Path.unlink, lambda shard: shard.write_bytes(whole[shard.name][:-2]),
                    lambda shard: shard.write_bytes(whole[shard.name][:-2] + b"z\0")):
         damage(out / "train_000001.bin")
-        make(tmp_path / "text", "--out", out)
+        make(folder, "--out", out)
         assert files(out) == whole
 
 
-def test_a_kill_between_any_two_renames_leaves_the_old_set_the_new_one_or_none(tmp_path, both, monkeypatch):
+def test_a_kill_between_any_two_renames_leaves_the_old_set_the_new_one_or_none(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(local_text, "SHARD_TOKENS", 8)
-    make(tmp_path / "text", "--out", tmp_path / "old")
-    both["val"].write_text("another val text")
-    make(tmp_path / "text", "--out", tmp_path / "new")
+    make(folder, "--out", tmp_path / "old")
+    (folder / "7.txt").write_text("another val text")
+    make(folder, "--out", tmp_path / "new")
     old, new = files(tmp_path / "old"), files(tmp_path / "new")
-    assert len(old) == 2 + 2 and len(new) == 2 + 3
-    for num_changes in range(len(old) + len(new)):
+    for num_changes in range(4 + 5):
         out = shutil.copytree(tmp_path / "old", tmp_path / str(num_changes))
         left = iter(range(num_changes))
 
@@ -230,28 +223,29 @@ def test_a_kill_between_any_two_renames_leaves_the_old_set_the_new_one_or_none(t
         with monkeypatch.context() as patch, pytest.raises(GeneratorExit):
             patch.setattr(os, "replace", counted(os.replace))
             patch.setattr(Path, "unlink", counted(Path.unlink))
-            make(tmp_path / "text", "--out", out, "--force")
-        assert (files(out) == old) == (num_changes == 0)
-        make(tmp_path / "text", "--out", out)
+            make(folder, "--out", out, "--force")
+        assert (files(out) == old) == (num_changes == 0) and len(old) + len(new) == 4 + 5
+        make(folder, "--out", out)
         assert files(out) == (old if num_changes == 0 else new)
 
 
 WAITS = """
 import sys, time, local_text
-local_text.SeriesWriter.write = lambda series, tokens: print("waiting", flush=True) or time.sleep(100)
+write = local_text.SeriesWriter.write
+local_text.SeriesWriter.write = lambda *given: write(*given) or print("waiting", flush=True) or time.sleep(100)
 local_text.main(sys.argv[1:])
 """
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 1), (signal.SIGKILL, -signal.SIGKILL)])
-def test_a_run_that_is_stopped_leaves_what_was_there(tmp_path, both, capsys, number, code):
-    options, out = [tmp_path / "text", "--out", tmp_path / "out", "--force"], tmp_path / "out"
+def test_a_run_that_is_stopped_leaves_what_was_there(tmp_path, folder, number, code):
+    options, out = [folder, "--out", tmp_path / "out", "--force"], tmp_path / "out"
     make(*options)
     old = files(out)
     with subprocess.Popen([sys.executable, "-c", WAITS, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           text=True, env=ENVIRONMENT) as process:
         assert process.stdout.readline() == "waiting\n"
-        assert "another run is writing to" in error_of(capsys, *options)
+        assert "another run is writing to" in error_of(*options)
         process.send_signal(number)
         assert "Traceback" not in process.stderr.read()
     assert process.returncode == code and files(out) == old
@@ -259,19 +253,19 @@ def test_a_run_that_is_stopped_leaves_what_was_there(tmp_path, both, capsys, num
     assert files(out) == old and len(os.listdir(out)) == 3     # with the lock
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="VmHWM")
+@pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux's")
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_memory_does_not_grow_with_the_input(tmp_path, kind):
     """Of 20 and 80 MB that hardly compress, in one row group."""
-    peaks = []
+    code = "import sys, local_text; local_text.main(sys.argv[1:]); print(open('/proc/self/status').read())"
+    peaks, path = [], tmp_path / f"a.{kind}"
     for megabytes in (20, 80):
         rows = [base64.b64encode(random.Random(i).randbytes(7500)).decode() for i in range(100 * megabytes)]
         if kind == "jsonl":
-            (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{row}"}}\n' for row in rows))
+            path.write_text("".join(f'{{"text": "{row}"}}\n' for row in rows))
         else:
-            pyarrow.parquet.write_table(pyarrow.table(dict(text=rows)), tmp_path / "a.parquet", row_group_size=10**6)
-        code = "import sys, local_text; local_text.main(sys.argv[1:]); print(open('/proc/self/status').read())"
-        command = [sys.executable, "-c", code, tmp_path / f"a.{kind}", "--out", tmp_path / "out", "--force"]
+            pyarrow.parquet.write_table(pyarrow.table(dict(text=rows)), path, row_group_size=10**6)
+        command = [sys.executable, "-c", code, path, "--out", tmp_path / "out", "--force"]
         printed = subprocess.check_output(command, env=ENVIRONMENT, text=True)
         peaks.append(int(printed.split("VmHWM:")[1].split()[0]) / 1024)
     assert peaks[1] < peaks[0] + 24, f"peak memory in MB: {peaks}"
