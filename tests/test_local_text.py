@@ -102,7 +102,6 @@ def test_every_document_stands_in_the_shards_once_and_in_order(tmp_path, monkeyp
     size = max(10, len(sum(expected["train"][:1 + seed % 2], [])))
     monkeypatch.setattr(local_text, "SHARD_TOKENS", size)
     monkeypatch.setattr(local_text, "BATCH_DOCUMENTS", 5)
-    monkeypatch.setattr(os, "fsync", lambda file: None)     # of a hundred shards
     monkeypatch.chdir(tmp_path)
     for workers, given in ((1, tmp_path / "text"), (3, "./text/"), (2, "text/**/*.*")):
         make(given, "--out", f"{workers}", "--workers", workers, "--encoding", option)
@@ -124,7 +123,6 @@ def test_tiny_data_is_what_the_preset_names(tmp_path):
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """With a file for training, 0.txt, and one for validation, 7.txt."""
-    assert digest("0.txt") % 20 and digest("7.txt") % 20 == 0
     (tmp_path / "text").mkdir()
     (tmp_path / "text/0.txt").write_text("the train text")
     (tmp_path / "text/7.txt").write_text("the val text")
@@ -210,7 +208,8 @@ def test_a_kill_between_any_two_renames_leaves_the_old_set_the_new_one_or_none(t
     (folder / "7.txt").write_text("another val text")
     make(folder, "--out", tmp_path / "new")
     old, new = files(tmp_path / "old"), files(tmp_path / "new")
-    for num_changes in range(4 + 5):
+    assert len(old) == 2 + 2 and len(new) == 2 + 3
+    for num_changes in range(len(old) + len(new)):
         out = shutil.copytree(tmp_path / "old", tmp_path / str(num_changes))
         left = iter(range(num_changes))
 
@@ -224,7 +223,7 @@ def test_a_kill_between_any_two_renames_leaves_the_old_set_the_new_one_or_none(t
             patch.setattr(os, "replace", counted(os.replace))
             patch.setattr(Path, "unlink", counted(Path.unlink))
             make(folder, "--out", out, "--force")
-        assert (files(out) == old) == (num_changes == 0) and len(old) + len(new) == 4 + 5
+        assert (files(out) == old) == (num_changes == 0)
         make(folder, "--out", out)
         assert files(out) == (old if num_changes == 0 else new)
 
@@ -266,6 +265,6 @@ def test_memory_does_not_grow_with_the_input(tmp_path, kind):
         else:
             pyarrow.parquet.write_table(pyarrow.table(dict(text=rows)), path, row_group_size=10**6)
         command = [sys.executable, "-c", code, path, "--out", tmp_path / "out", "--force"]
-        printed = subprocess.check_output(command, env=ENVIRONMENT, text=True)
-        peaks.append(int(printed.split("VmHWM:")[1].split()[0]) / 1024)
+        peak = subprocess.check_output(command, env=ENVIRONMENT, text=True).split("VmHWM:")[1].split()[0]
+        peaks.append(int(peak) / 1024)
     assert peaks[1] < peaks[0] + 24, f"peak memory in MB: {peaks}"
