@@ -101,7 +101,7 @@ def test_every_document_stands_in_the_shards_once_and_in_order(tmp_path, monkeyp
     # The first document, then the first two, end where a shard ends, and others are longer than a shard.
     size = max(10, len(sum(expected["train"][:1 + seed % 2], [])))
     monkeypatch.setattr(local_text, "SHARD_TOKENS", size)
-    monkeypatch.setattr(local_text, "BATCH_DOCUMENTS", 5)
+    monkeypatch.setattr(os, "fsync", lambda file: None)     # of a hundred shards
     monkeypatch.chdir(tmp_path)
     for workers, given in ((1, tmp_path / "text"), (3, "./text/"), (2, "text/**/*.*")):
         make(given, "--out", f"{workers}", "--workers", workers, "--encoding", option)
