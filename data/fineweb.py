@@ -5,9 +5,8 @@
     python data/fineweb.py --num_shards 103         # all of it: 100M tokens and 200 MB per shard
     python data/fineweb.py --dataset finewebedu     # FineWeb-Edu, into data/finewebedu10B
 
-A file gets its final name only when it is a good shard and has the sha256 that the hub states. Good shards that are
-there are not fetched again, and need no network. What fails is tried again, after waits that grow until a file arrives.
-After Ctrl-C or a kill, the same command goes on. Of several at once, one fetches and the others wait for it.
+A file gets its final name when it is a good shard and has the sha256 that the hub states. Good shards that are there
+need no network. What fails is tried again, and the same command goes on after Ctrl-C, a kill or an error.
 HF_ENDPOINT names another hub, HF_TOKEN a token; HF_HUB_DISABLE_XET=1 takes plain HTTP instead of the hub's Xet storage.
 """
 
@@ -28,14 +27,6 @@ SHARD_TOKENS = 100_000_000
 WAITS = [1, 2, 4, 8, 16, 32, 60]    # seconds, on top of the client's own
 
 
-def shards_needed() -> int:
-    """Returns the training shards that the small track's token budget takes."""
-    sys.path.insert(0, str(Path(__file__).parent.parent))
-    import train_gpt
-    c = train_gpt.make_config(dict(track="small"))
-    return -(-c.num_steps * c.batch_tokens // SHARD_TOKENS)
-
-
 def is_good(path: Path) -> bool:
     try:
         return path.exists() and bool(read_shard(path))
@@ -45,33 +36,23 @@ def is_good(path: Path) -> bool:
 
 
 def fetch(missing: list[str], repository: str, folder: Path) -> None:
-    """Tries once; takes the files that arrive whole from `missing`, and raises what went wrong with another."""
-    part, problem = folder / ".part", None
-    info = HfApi().dataset_info(repository, files_metadata=True)
+    """Tries once, takes the files that arrive whole from `missing`, and raises what keeps the others."""
+    info, part = HfApi().dataset_info(repository, files_metadata=True), folder / ".part"
     wanted = [file for file in info.siblings if file.rfilename in missing]
-    needed, free = sum(file.size for file in wanted) / 1e9, shutil.disk_usage(folder).free / 1e9
-    if needed > free:
-        sys.exit(f"fineweb.py: {folder}: {len(wanted)} missing files take {needed:.1f} GB, but {free:.1f} GB are free; "
-                 "name another folder with --data_dir, or fewer shards with --num_shards")
+    if sum(file.size for file in wanted) > shutil.disk_usage(folder).free:
+        sys.exit(f"fineweb.py: {folder}: has no space for {len(wanted)} files of 200 MB; give another --data_dir")
     try:
         snapshot_download(repository, repo_type="dataset", revision=info.sha, allow_patterns=missing, local_dir=part,
                           cache_dir=part / "cache", max_workers=4)
-    except Exception as error:      # of the client's HTTP and Xet libraries, and of the disk: no list of them is whole
-        problem = error
-    for file in wanted:
-        fetched = part / file.rfilename
-        try:
-            if fetched.exists():
-                read_shard(fetched)
-                if file.lfs and file.lfs.sha256 != sha256(fetched):
-                    raise ShardError(f"{fetched}: its sha256 is not {file.lfs.sha256}, which the hub states")
+    finally:
+        for file in wanted:
+            fetched = part / file.rfilename
+            if is_good(fetched) and (file.lfs is None or file.lfs.sha256 == sha256(fetched)):
                 os.replace(fetched, folder / file.rfilename)
                 missing.remove(file.rfilename)
-        except ShardError as error:
-            fetched.unlink()
-            problem = error
+            fetched.unlink(missing_ok=True)
     if missing:
-        raise problem or FileNotFoundError(f"the hub did not give {', '.join(missing)}")
+        raise FileNotFoundError("the hub lacks files, or sends others than the sha256 that it states")
 
 
 def fetch_all(missing: list[str], repository: str, folder: Path) -> None:
@@ -80,16 +61,14 @@ def fetch_all(missing: list[str], repository: str, folder: Path) -> None:
         num_missing = len(missing)
         try:
             fetch(missing, repository, folder)
-        except Exception as error:
-            if len(missing) < num_missing:
-                waits = list(WAITS)
+        except Exception as error:      # of the client's HTTP and Xet libraries, and of the disk: no list is complete
             while error.__cause__:      # the client's own errors say little, their causes more
                 error = error.__cause__
             status = getattr(getattr(error, "response", None), "status_code", 0)
-            problem = f"fineweb.py: {str(error).splitlines()[0]}; {len(missing)} files of {repository} are missing"
-            if not waits or 400 <= status < 500 and status not in (408, 429):
-                sys.exit(f"{problem}: {', '.join(missing)}\nThe hub is {constants.ENDPOINT} (HF_ENDPOINT names another, "
-                         "HF_TOKEN a token). The same command goes on with what is missing.")
+            waits = waits if len(missing) == num_missing else list(WAITS)
+            problem = f"fineweb.py: {constants.ENDPOINT}: {str(error).splitlines()[0]}; missing: {', '.join(missing)}"
+            if not waits or is_offline_mode() or 400 <= status < 500 and status not in (408, 429):
+                sys.exit(f"{problem}; the same command goes on (--help tells of HF_TOKEN and HF_ENDPOINT)")
             print(f"{problem}; trying again in {waits[0]} s", file=sys.stderr)
             time.sleep(waits.pop(0))
 
@@ -100,21 +79,22 @@ def main():
     parser.add_argument("--num_shards", type=int, help="training shards (default: what the small track needs)")
     parser.add_argument("--data_dir", type=Path, help="folder for the shards (default: data/DATASET10B)")
     args = parser.parse_args()
-    num_shards = shards_needed() if args.num_shards is None else args.num_shards
-    if not 0 < num_shards <= MAX_SHARDS[args.dataset]:
-        parser.error(f"--num_shards {num_shards}: there are 1 to {MAX_SHARDS[args.dataset]}")
+    if args.num_shards is None:
+        sys.path.insert(0, str(Path(__file__).parent.parent))
+        import train_gpt
+        c = train_gpt.make_config(dict(track="small"))
+        args.num_shards = -(-c.num_steps * c.batch_tokens // SHARD_TOKENS)
+    if not 0 < args.num_shards <= MAX_SHARDS[args.dataset]:
+        parser.error(f"--num_shards {args.num_shards}: there are 1 to {MAX_SHARDS[args.dataset]}")
     folder = args.data_dir or Path(__file__).parent / f"{args.dataset}10B"
-    names = [f"{args.dataset}_val_000000.bin"]
-    names += [f"{args.dataset}_train_{i:06d}.bin" for i in range(1, num_shards + 1)]
-    missing = [name for name in names if not is_good(folder / name)]
-    if missing and is_offline_mode():
-        sys.exit(f"fineweb.py: {folder}: {', '.join(missing)} are missing, and HF_HUB_OFFLINE forbids to fetch them; unset it")
+    names = [f"{args.dataset}_train_{i:06d}.bin" for i in range(1, args.num_shards + 1)]
+    missing = [name for name in [f"{args.dataset}_val_000000.bin", *names] if not is_good(folder / name)]
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
             fetch_all([name for name in missing if not is_good(folder / name)], f"kjj0/{args.dataset}10B-gpt2", folder)
             shutil.rmtree(folder / ".part", ignore_errors=True)
-    print(f"{folder}: the validation shard and {num_shards} training shards are there")
+    print(f"{folder}: the validation shard and {args.num_shards} training shards are there")
 
 
 if __name__ == "__main__":
