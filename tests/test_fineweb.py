@@ -1,10 +1,9 @@
 """data/fineweb.py with the real huggingface_hub client, against a hub on loopback that fails in many ways."""
 
 import hashlib
-import itertools
+import json
 import os
 import re
-import shutil
 import signal
 import socket
 import struct
@@ -12,291 +11,224 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import repeat
 
-import fineweb
 import numpy as np
 import pytest
 import shards
 from conftest import ROOT
 
-VAL = "fineweb_val_000000.bin"
-NO_WAIT = """import os, time
-def sleep(seconds):
-    with open(os.environ["SLEEPS"], "a") as file:
-        file.write(f"{float(seconds)}\\n")
-time.sleep = sleep
+VAL, TRAIN = "fineweb_val_000000.bin", [f"fineweb_train_{i:06d}.bin" for i in range(1, 9)]
+SITECUSTOMIZE = """import os, shutil, time
+if os.environ["WAITS"] == "no":     # neither the program nor the client
+    time.sleep = lambda seconds: None
+if "FREE" in os.environ:
+    shutil.disk_usage = lambda folder: shutil._ntuple_diskusage(0, 0, int(os.environ["FREE"]))
 """
 
 
-def train(i: int) -> str:
-    return f"fineweb_train_{i:06d}.bin"
+class Hub(ThreadingHTTPServer):
+    """Serves the files of a folder as a dataset of the hub.
 
-
-class Hub:
-    """A hub and its CDN, on two ports: the first one states sizes and hashes and sends to the second for the bytes.
-
-    `faults[name]` (or `faults["HEAD " + name]` for the first port) yields what goes wrong with request after request.
-    `gets` lists (name, first byte asked for) of the requests to the CDN, `requests` all paths. `git_hash` holds names
-    whose hash is not stated as a sha256. A held request sets `holding` and waits for `release` in the middle.
+    `faults[name]` yields what goes wrong with request after request for the bytes of a file, `faults["HEAD " + name]`
+    for its hash, and `faults["info"]` for the list of files: a status, or a word of `Handler.send_bytes`. `gets` lists
+    (name, first byte) of requests for bytes. Of files in `without_sha256` only a git hash is stated.
     """
 
     def __init__(self, folder):
-        folder.mkdir(parents=True)
+        super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.out = folder / "hub", folder / "out"
         self.folder.mkdir()
-        self.faults, self.git_hash, self.gets, self.requests = {}, set(), [], []
+        self.faults, self.without_sha256, self.gets, self.num_requests = {}, set(), [], 0
         self.holding, self.release = threading.Event(), threading.Event()
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_HEAD(self):
-                hub.requests.append(self.path)
-                name = self.path.rpartition("/")[2]
-                fault = next(hub.faults.get(f"HEAD {name}", iter(())), None)
-                if fault or "/resolve/" not in self.path or not (hub.folder / name).exists():
-                    return self.send_error(fault or 404)
-                data = (hub.folder / name).read_bytes()
-                hashed = (hashlib.sha1 if name in hub.git_hash else hashlib.sha256)(data).hexdigest()
-                self.send_response(302)
-                self.send_header("X-Repo-Commit", "0" * 40)
-                self.send_header("X-Linked-Etag", f'"{hashed}"')
-                self.send_header("X-Linked-Size", str(len(data)))
-                self.send_header("Location", f"http://127.0.0.1:{hub.servers[1].server_port}/{name}")
-                self.end_headers()
-
-            def do_GET(self):
-                name = self.path.rpartition("/")[2]
-                data = (hub.folder / name).read_bytes()
-                start = int(re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
-                hub.requests.append(self.path)
-                hub.gets.append((name, start))
-                fault = next(hub.faults.get(name, iter(())), None)
-                if isinstance(fault, tuple):
-                    self.send_response(fault[0])
-                    self.send_header("Retry-After", str(fault[1]))
-                    return self.end_headers()
-                body = data[start:]
-                if fault == "wrong byte":
-                    body = body[:-1] + bytes([body[-1] ^ 1])
-                if fault == "truncated":
-                    body = body[:-10]
-                self.send_response(206 if "Range" in self.headers else 200)
-                if "Range" in self.headers:
-                    self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body[:len(body) // 2])
-                if fault == "dropped":
-                    return None
-                if fault == "reset":
-                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                    self.rfile.close()      # or the connection, which has to be reset, stays open
-                    return self.connection.close()
-                if fault == "held":
-                    hub.holding.set()
-                    hub.release.wait(100)
-                self.wfile.write(body[len(body) // 2:])
-
-            def log_message(self, *_):
-                pass
-
-        class Server(ThreadingHTTPServer):
-            def handle_error(self, *_):     # a client that was killed
-                pass
-
-        self.servers = [Server(("127.0.0.1", 0), Handler) for _ in range(2)]
-        for server in self.servers:
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-        self.variables = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{self.servers[0].server_port}",
-                          "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_TELEMETRY": "1",
+        (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
+        self.variables = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}", "HF_HUB_DISABLE_XET": "1",
+                          "HF_HOME": str(folder / "home"), "PYTHONPATH": str(folder), "WAITS": "no",
                           "HF_HUB_DOWNLOAD_TIMEOUT": "100"}
-        self.sleeps = folder / "sleeps.txt"
-        (folder / "no_wait").mkdir()
-        (folder / "no_wait" / "sitecustomize.py").write_text(NO_WAIT)
-        self.no_wait = {"PYTHONPATH": str(folder / "no_wait"), "SLEEPS": str(self.sleeps)}
+        threading.Thread(target=self.serve_forever, daemon=True).start()
 
-    def serve(self, *names, tokens=1000):
+    def handle_error(self, *_):
+        pass    # a client that was killed
+
+    def add(self, *names, tokens=1000):
         for name in names:
+            random = np.random.default_rng(list(name.encode()))
             with shards.ShardWriter(self.folder / name, shards.GPT2_VOCAB_SIZE) as shard:
-                random = np.random.default_rng(list(name.encode()))
                 shard.write(random.integers(0, 50257, size=tokens).astype("<u2"))
-            with open(self.folder / name, "r+b") as file:       # the files of the hub have no checksum in the header
-                file.seek(16)
-                file.write(bytes(4))
+            data = (self.folder / name).read_bytes()    # the files of the hub have no checksum in their header
+            (self.folder / name).write_bytes(data[:16] + bytes(4) + data[20:])
 
-    def start(self, *arguments, **variables):
-        return subprocess.Popen([sys.executable, ROOT / "data/fineweb.py", "--data_dir", self.out, *arguments],
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    def start(self, *arguments, **variables) -> subprocess.Popen:
+        command = [sys.executable, ROOT / "data/fineweb.py", "--data_dir", self.out, "--num_shards", *map(str, arguments)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                 env={**self.variables, **variables})
 
-    def fetch(self, *arguments, **variables):
+    def fetch(self, *arguments, **variables) -> tuple[int, str]:
         process = self.start(*arguments, **variables)
-        stdout, stderr = process.communicate(timeout=100)
+        _, stderr = process.communicate(timeout=100)
         assert "Traceback" not in stderr
-        return process.returncode, stdout, stderr
+        return process.returncode, stderr
 
     def there(self) -> list[str]:
-        """Returns the names of everything in the output folder, whose shards must be those of the hub."""
-        names = sorted(path.name for path in self.out.iterdir())
-        for name in names:
-            if name.endswith(".bin"):
-                assert (self.out / name).read_bytes() == (self.folder / name).read_bytes(), name
-        return names
+        """The names in the output folder, whose shards must be those of the hub."""
+        for path in self.out.glob("*.bin"):
+            assert path.read_bytes() == (self.folder / path.name).read_bytes(), path.name
+        return sorted(path.name for path in self.out.iterdir() if path.name != ".lock")
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def begin(self, status: int, **headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+
+    def fault(self, key: str):
+        self.server.num_requests += 1
+        return next(self.server.faults.get(key, iter(())), None)
+
+    def describe(self, path) -> dict:
+        """Of a file, as both lists of the hub state it."""
+        data = path.read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        lfs = None if path.name in self.server.without_sha256 else dict(oid=digest, sha256=digest, size=len(data),
+                                                                       pointerSize=1)
+        return dict(type="file", path=path.name, rfilename=path.name, size=len(data), oid="1" * 40, lfs=lfs)
+
+    def do_HEAD(self):
+        name = self.path.rpartition("/")[2]
+        if status := self.fault(f"HEAD {name}"):
+            return self.begin(status)
+        facts = self.describe(self.server.folder / name)
+        etag = facts["lfs"]["oid"] if facts["lfs"] else facts["oid"]
+        self.begin(302, X_Repo_Commit="0" * 40, X_Linked_Etag=f'"{etag}"', X_Linked_Size=facts["size"],
+                   Location=f"http://127.0.0.1:{self.server.server_port}/bytes/{name}")
+
+    def do_GET(self):
+        if not self.path.startswith("/api/"):
+            return self.send_bytes(self.path.rpartition("/")[2])
+        if status := self.fault("info"):
+            return self.begin(status)
+        files = [self.describe(path) for path in sorted(self.server.folder.iterdir())]
+        body = json.dumps(files if "/tree/" in self.path else dict(id="x/y", sha="0" * 40, siblings=files)).encode()
+        self.begin(200, Content_Type="application/json", Content_Length=len(body))
+        self.wfile.write(body)
+
+    def send_bytes(self, name: str):
+        fault, data = self.fault(name), (self.server.folder / name).read_bytes()
+        if isinstance(fault, int):
+            return self.begin(fault)
+        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
+        self.server.gets.append((name, start))
+        body = data[start:-10] if fault == "truncated" else data[start:]
+        if fault == "wrong byte":
+            body = body[:-1] + bytes([body[-1] ^ 1])
+        content_range = dict(Content_Range=f"bytes {start}-{len(data) - 1}/{len(data)}") if start else {}
+        self.begin(206 if start else 200, Content_Length=len(body), **content_range)
+        self.wfile.write(body[:len(body) // 2])
+        if fault == "dropped":
+            return
+        if fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.rfile.close()      # or the connection, which has to be reset, stays open
+            return self.connection.close()
+        if fault == "held":
+            self.server.holding.set()
+            self.server.release.wait(100)
+        self.wfile.write(body[len(body) // 2:])
 
 
 @pytest.fixture
 def hub(tmp_path):
-    hub = Hub(tmp_path / "all")
+    hub = Hub(tmp_path)
     yield hub
     hub.release.set()
-    for server in hub.servers:
-        server.shutdown()
-        server.server_close()
+    hub.shutdown()
+    hub.server_close()
 
 
 def test_every_fault_that_passes_ends_with_the_right_file(hub):
-    names = [VAL, *map(train, range(1, 8))]
-    hub.serve(*names)
-    hub.serve(train(1), tokens=12_000_000)      # the client writes, and so resumes, in blocks of 10 MiB
-    hub.faults = {f"HEAD {VAL}": iter([503, 429]), train(1): iter(["dropped"]), train(2): iter(["dropped"]),
-                  train(3): iter(["reset"]), train(4): iter([(429, 3), (500, 7)]), train(5): iter(["truncated"]),
-                  train(6): iter(["wrong byte"])}
-    hub.git_hash = {train(7)}
-    status, stdout, stderr = hub.fetch("--num_shards", "7", **hub.no_wait)
-    assert status == 0, stderr
-    assert hub.there() == sorted(names)
-    assert sorted(hub.gets) == [*((train(i), start) for i, start in (
-        (1, 0), (1, 10 * 2**20), (2, 0), (2, 0), (3, 0), (3, 0), (4, 0), (4, 0), (4, 0), (5, 0), (5, 0), (6, 0), (6, 0),
-        (7, 0))), (VAL, 0)]
-    assert f"{train(3)}: ConnectionResetError" in stderr
-    assert f"{train(4)}: HTTP 500 Internal Server Error; attempt 2 of 10 in 7 s" in stderr
-    assert {"4.0", "7.0"} < set(hub.sleeps.read_text().split())     # the client adds a second to the 3 of the 429
-    assert re.search(rf"{train(6)}: no good shard: .* its sha256 is ", stderr)
-    assert all(f"{name}: " in stdout for name in names) and "(8 of 8)" in stdout
+    hub.add(VAL, *TRAIN[:7])
+    hub.add(TRAIN[0], tokens=12_000_000)      # the client writes, and so resumes, in blocks of 10 MiB
+    hub.faults = {"info": iter([503, 429]), f"HEAD {VAL}": iter([503, 429]), TRAIN[0]: iter(["dropped"]),
+                  TRAIN[1]: iter(["dropped"]), TRAIN[2]: iter(["reset"]), TRAIN[3]: iter([429, 500]),
+                  TRAIN[4]: iter(["truncated"]), TRAIN[5]: iter(["wrong byte"])}
+    hub.without_sha256 = {TRAIN[6]}
+    status, stderr = hub.fetch(7)
+    assert status == 0 and hub.there() == sorted([VAL, *TRAIN[:7]]), stderr
+    assert (TRAIN[0], 10 * 2**20) in hub.gets and hub.gets.count((TRAIN[5], 0)) == 2
+    assert "trying again in 1 s" in stderr
 
 
 def test_faults_that_stay_are_errors_that_cost_the_other_files_nothing(hub):
-    hub.serve(VAL, *map(train, (1, 2, 3, 5, 6, 7)))
-    hub.faults = {train(i): itertools.repeat(fault) for i, fault in
-                  ((1, "dropped"), (2, "truncated"), (3, "wrong byte"), (7, (503, "Wed, 21 Oct 2026 07:28:00 GMT")))}
-    hub.git_hash = {train(5)}
-    with open(hub.folder / train(5), "r+b") as file:    # a token outside the vocabulary, in what the hub means to send
-        file.seek(2000)
-        file.write(b"\xff\xff")
-    (hub.folder / train(6)).write_bytes((hub.folder / train(6)).read_bytes()[:-10])     # and a truncated file
-    status, _, stderr = hub.fetch("--num_shards", "7", "--workers", "8", **hub.no_wait)
-    assert status == 1
-    assert [name for name in hub.there() if name != ".part"] == [VAL]
-    assert not [path for path in hub.out.rglob("*") if path.is_file() and path.suffix != ".lock" and path.name != VAL]
-    summary = stderr[stderr.index("did not give these files of kjj0/fineweb10B-gpt2:"):]
-    for i, message in ((1, "RemoteProtocolError"), (2, "Consistency check failed"), (3, "its sha256 is"),
-                       (4, "HTTP 404 "), (5, "token 65535 is outside the vocabulary"),
-                       (6, "the header states 1000 tokens"), (7, "HTTP 503 ")):
-        assert re.search(rf"^  {train(i)}: .*{message}", summary, re.M), summary
-        waits = re.findall(rf"{train(i)}: .* in (\d+) s$", stderr, re.M)
-        assert waits == ([] if i == 4 else "1 2 4 8 16 32 60 60 60".split())
-    assert "7 of 8 files are still missing; run the same command again" in summary
-    assert {"16.0", "32.0", "60.0"} < set(hub.sleeps.read_text().split())
+    hub.add(VAL, *TRAIN[:7])
+    hub.faults = {TRAIN[0]: repeat("dropped"), TRAIN[1]: repeat("truncated"), TRAIN[2]: repeat("wrong byte"),
+                  TRAIN[3]: repeat(503)}
+    hub.without_sha256 = {TRAIN[4]}
+    bad = (hub.folder / TRAIN[4]).read_bytes()      # a token outside the vocabulary, in what the hub means to send
+    (hub.folder / TRAIN[4]).write_bytes(bad[:2000] + b"\xff\xff" + bad[2002:])
+    status, stderr = hub.fetch(7)
+    assert status == 1 and hub.there() == [".part", *TRAIN[5:7], VAL], stderr
+    assert not list(hub.out.glob(".part/*.bin"))
+    last = stderr.splitlines()[-1]
+    assert hub.variables["HF_ENDPOINT"] in last and "the same command goes on" in last
+    assert f"missing: {VAL}" not in last and all(name in last for name in TRAIN[:5])
+    assert [seconds for seconds in re.findall(r"again in (\d+) s", stderr)[-7:]] == "1 2 4 8 16 32 60".split()
+    assert re.search(f"{TRAIN[4]}: token 65535 is outside the vocabulary", stderr)
 
 
-def test_a_hub_that_refuses_is_asked_once(hub):
-    hub.serve(VAL, train(1), train(2))
-    hub.faults = {f"HEAD {name}": itertools.repeat(401) for name in (VAL, train(1), train(2))}
-    status, _, stderr = hub.fetch("--num_shards", "2", "--workers", "1")
-    assert status == 1 and f"{VAL}: HTTP 401 Unauthorized" in stderr and "HF_TOKEN" in stderr
-    assert hub.variables["HF_ENDPOINT"] in stderr and "3 of 3 files are still missing" in stderr
-    assert len(hub.requests) == 1
+@pytest.mark.parametrize("given, variables, message", [
+    (2, {}, "401 Unauthorized"), (3, {"FREE": "5000"}, "has no space for 3 files of 200 MB; give another --data_dir"),
+    (104, {}, "--num_shards 104: there are 1 to 103"), (0, {}, "--num_shards 0"), (2, {"HF_HUB_OFFLINE": "1"}, "OFFLINE")])
+def test_what_cannot_succeed_ends_at_once(hub, given, variables, message):
+    hub.add(VAL, *TRAIN[:2])
+    hub.faults = {"info": repeat(401) if "401" in message else iter([])}
+    status, stderr = hub.fetch(given, **variables)
+    assert status and message in stderr and hub.num_requests <= 1 and not hub.gets
 
 
-def test_what_is_there_and_good_is_not_fetched_and_what_is_bad_is_put_aside(hub):
+def test_what_is_there_and_good_is_not_fetched(hub):
     names = ["finewebedu_train_000001.bin", "finewebedu_train_000002.bin", "finewebedu_val_000000.bin"]
-    hub.serve(*names)
-    cache = hub.folder.parent / "home/hub/datasets--kjj0--finewebedu10B-gpt2/snapshots" / ("0" * 40)
-    cache.mkdir(parents=True)
-    (cache / names[0]).write_bytes(b"damaged")      # the client's cache, which it does not check
-    assert hub.fetch("--dataset", "finewebedu", "--num_shards", "1")[0] == 0
-    assert sorted(hub.gets) == [(names[0], 0), (names[2], 0)]
-    assert any(path.startswith("/datasets/kjj0/finewebedu10B-gpt2/resolve/main/") for path in hub.requests)
+    hub.add(*names)
+    assert hub.fetch(1, "--dataset", "finewebedu")[0] == 0 and hub.there() == names[::2]
     (hub.out / names[0]).write_bytes(b"damaged")
-    status, _, stderr = hub.fetch("--dataset", "finewebedu", "--num_shards", "2")
-    assert status == 0 and f"kept as {names[0]}.corrupt, fetching it again" in stderr
-    assert sorted(hub.gets[2:]) == [(name, 0) for name in names[:2]]
-    assert hub.there() == sorted([*names, f"{names[0]}.corrupt"])
-    assert (hub.out / f"{names[0]}.corrupt").read_bytes() == b"damaged"
-    requests = len(hub.requests)
-    status, stdout, stderr = hub.fetch("--dataset", "finewebedu", "--num_shards", "2", HF_HUB_OFFLINE="1")
-    assert status == 0 and "2 training shards are there" in stdout
-    status, stdout, stderr = hub.fetch("--dataset", "finewebedu", "--num_shards", "3", HF_HUB_OFFLINE="1")
-    assert status == 1 and "finewebedu_train_000003.bin is the first, and HF_HUB_OFFLINE forbids" in stderr
-    assert len(hub.requests) == requests
+    status, stderr = hub.fetch(2, "--dataset", "finewebedu")
+    assert status == 0 and f"{names[0]}: 7 bytes are less than" in stderr and hub.there() == names
+    assert sorted(hub.gets) == sorted((name, 0) for name in [names[0], *names])
+    requests = hub.num_requests
+    assert hub.fetch(2, "--dataset", "finewebedu", HF_HUB_OFFLINE="1") == (0, "") and hub.num_requests == requests
 
 
-def test_killed_half_way_only_the_missing_files_are_fetched(hub):
-    hub.serve(VAL, train(1), train(2))
-    hub.faults = {train(1): iter(["held"])}
-    process = hub.start("--num_shards", "2", "--workers", "1")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_half_way_only_the_missing_files_are_fetched(hub, number):
+    hub.add(VAL, *TRAIN[:2])
+    hub.faults = {TRAIN[0]: iter(["held"])}
+    process = hub.start(2)
     assert hub.holding.wait(100)
-    process.kill()
-    process.communicate()
-    assert hub.there() == [".part", VAL]
-    assert [path for path in (hub.out / ".part").rglob("*.incomplete")]
-    status, _, stderr = hub.fetch("--num_shards", "2")
-    assert status == 0, stderr
-    assert hub.there() == [train(1), train(2), VAL]
-    assert sorted(hub.gets) == [(train(1), 0), (train(1), 0), (train(2), 0), (VAL, 0)]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_at_once_and_leaves_no_final_name(hub, number):
-    hub.serve(VAL, train(1))
-    hub.faults = {VAL: iter(["held"]), train(1): iter(["held"])}
-    process = hub.start("--num_shards", "1")
-    assert hub.holding.wait(100)
+    while len(hub.gets) < 3 or not (hub.out / ".part" / VAL).exists():
+        assert process.poll() is None
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=50)     # less than the 100 s that the hub would hold it
-    assert process.returncode == 128 + number and "Traceback" not in stderr
-    assert "stopped; run the same command again" in stderr
-    assert hub.there() == [".part"]
+    process.communicate(timeout=50)     # less than the 100 s that the hub would hold it
+    assert process.returncode == -number and hub.there() == [".part"]
+    assert hub.fetch(2)[0] == 0 and hub.there() == sorted([VAL, *TRAIN[:2]])
+    assert hub.gets.count((TRAIN[0], 0)) == 2 and hub.gets.count((VAL, 0)) == 1
 
 
 def test_three_processes_at_once_fetch_each_file_once(hub):
-    """None of the files is there before all three have seen that all are missing."""
-    names = [VAL, *map(train, range(1, 4))]
-    hub.serve(*names)
-    hub.faults = {VAL: iter(["held"]), train(1): iter(["held"])}
-    processes = [hub.start("--num_shards", "3", "--workers", "2") for _ in range(3)]
-    for process in processes:
-        assert "fetching 4 missing files of kjj0/fineweb10B-gpt2" in process.stdout.readline()
+    hub.add(VAL, *TRAIN[:3])
+    hub.faults = {VAL: iter(["held"])}
+    processes = [hub.start(3, WAITS="yes") for _ in range(3)]
+    assert hub.holding.wait(100)
     hub.release.set()
-    for process in processes:
-        _, stderr = process.communicate(timeout=100)
-        assert process.returncode == 0, stderr
-    assert sorted(hub.gets) == sorted((name, 0) for name in names)
-    assert hub.there() == sorted(names)
+    assert [process.communicate(timeout=100) and process.returncode for process in processes] == [0, 0, 0]
+    assert sorted(hub.gets) == sorted((name, 0) for name in hub.there()) and len(hub.gets) == 4
 
 
-def test_options_and_disk_space_are_checked_before_the_hub_is_asked(tmp_path, monkeypatch, capsys):
-    def message(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fineweb.py", "--data_dir", str(tmp_path / "out"), *arguments])
-        with pytest.raises(SystemExit) as error:
-            fineweb.main()
-        assert error.value.code != 0
-        return f"{error.value.code}{capsys.readouterr().err}"
-
-    monkeypatch.setattr(fineweb, "fetch_all", lambda *_: {})
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12 - 10**9, 10**9))
-    too_small = message("--num_shards", "103")
-    assert "104 missing shards need 20.8 GB, 1.0 GB are free" in too_small and "--data_dir" in too_small
-    assert "--num_shards 104: there are 1 to 103" in message("--num_shards", "104")
-    assert "--num_shards 100: there are 1 to 99" in message("--num_shards", "100", "--dataset", "finewebedu")
-    assert "--num_shards 0" in message("--num_shards", "0")
-    assert "--workers 0" in message("--num_shards", "1", "--workers", "0")
-    (tmp_path / "file").touch()
-    assert "file" in message("--num_shards", "1", "--data_dir", str(tmp_path / "file" / "out"))
-
-
-def test_default_is_what_the_small_preset_needs():
+def test_default_is_what_the_small_track_needs(hub):
     """25 shards of 100M tokens for 4,600 steps of 524,288 tokens."""
-    result = subprocess.run([sys.executable, "-c", "import fineweb; print(fineweb.shards_needed())"], text=True,
-                            capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT / "data")})
-    assert result.stdout == "25\n"
+    stderr = subprocess.run([sys.executable, ROOT / "data/fineweb.py", "--data_dir", hub.out], capture_output=True,
+                            text=True, env={**hub.variables, "HF_HUB_OFFLINE": "1"}).stderr
+    assert re.findall("fineweb_train_[0-9]+", stderr)[-1] == "fineweb_train_000025"
