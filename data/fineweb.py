@@ -43,7 +43,7 @@ def fetch(missing: list[str], repository: str, folder: Path) -> None:
         sys.exit(f"fineweb.py: {folder}: has no space for {len(wanted)} files of 200 MB; give another --data_dir")
     try:
         snapshot_download(repository, repo_type="dataset", revision=info.sha, allow_patterns=missing, local_dir=part,
-                          cache_dir=part / "cache", max_workers=4)
+                          cache_dir=part / "cache", max_workers=8)
     finally:
         for file in wanted:
             fetched = part / file.rfilename
