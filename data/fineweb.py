@@ -1,13 +1,11 @@
 #!/usr/bin/env python3
 """Downloads pre-tokenized FineWeb-10B (GPT-2 BPE) shards from the Hugging Face hub, for the small track.
 
-    python data/fineweb.py                          # validation, and what the small track's token budget needs
-    python data/fineweb.py --num_shards 103         # all of it: 100M tokens and 200 MB per shard
-    python data/fineweb.py --dataset finewebedu     # FineWeb-Edu, into data/finewebedu10B
+    python data/fineweb.py                       # validation, and what the small track's token budget needs
+    python data/fineweb.py --num_shards 103      # all of it: 100M tokens and 200 MB per shard; --dataset: FineWeb-Edu
 
-A file gets its final name when it is a good shard and has the sha256 that the hub states. Good shards that are there
-need no network. What fails is tried again, and the same command goes on after Ctrl-C, a kill or an error.
-HF_ENDPOINT names another hub, HF_TOKEN a token; HF_HUB_DISABLE_XET=1 takes plain HTTP instead of the hub's Xet storage.
+A file gets its final name when it is a good shard and has the sha256 that the hub states. Good ones that are there need
+no network. The same command goes on after an error, Ctrl-C or a kill. HF_ENDPOINT names another hub, HF_TOKEN a token.
 """
 
 import argparse
@@ -24,7 +22,7 @@ from shards import ShardError, read_shard, sha256
 
 MAX_SHARDS = {"fineweb": 103, "finewebedu": 99}
 SHARD_TOKENS = 100_000_000
-WAITS = [1, 2, 4, 8, 16, 32, 60]    # seconds, on top of the client's own
+WAITS = (1, 2, 4, 8, 16, 32, 60, 60, 60)    # seconds between attempts, each of which has the client's own as well
 
 
 def is_good(path: Path) -> bool:
@@ -36,7 +34,7 @@ def is_good(path: Path) -> bool:
 
 
 def fetch(missing: list[str], repository: str, folder: Path) -> None:
-    """Tries once, takes the files that arrive whole from `missing`, and raises what keeps the others."""
+    """Tries once; takes the files that arrive whole from `missing`, and raises what keeps the others."""
     info, part = HfApi().dataset_info(repository, files_metadata=True), folder / ".part"
     wanted = [file for file in info.siblings if file.rfilename in missing]
     if sum(file.size for file in wanted) > shutil.disk_usage(folder).free:
@@ -56,21 +54,17 @@ def fetch(missing: list[str], repository: str, folder: Path) -> None:
 
 
 def fetch_all(missing: list[str], repository: str, folder: Path) -> None:
-    waits = list(WAITS)
-    while missing:
-        num_missing = len(missing)
+    for wait in (*WAITS, None):
         try:
-            fetch(missing, repository, folder)
+            return fetch(missing, repository, folder)
         except Exception as error:      # of the client's HTTP and Xet libraries, and of the disk: no list is complete
-            while error.__cause__:      # the client's own errors say little, their causes more
-                error = error.__cause__
-            status = getattr(getattr(error, "response", None), "status_code", 0)
-            waits = waits if len(missing) == num_missing else list(WAITS)
-            problem = f"fineweb.py: {constants.ENDPOINT}: {str(error).splitlines()[0]}; missing: {', '.join(missing)}"
-            if not waits or is_offline_mode() or 400 <= status < 500 and status not in (408, 429):
+            cause = error.__cause__ or error
+            refused = getattr(getattr(cause, "response", None), "status_code", 0) in (401, 403, 404)
+            problem = f"fineweb.py: {constants.ENDPOINT}: {str(cause).splitlines()[0]}; missing: {', '.join(missing)}"
+            if refused or is_offline_mode() or wait is None:
                 sys.exit(f"{problem}; the same command goes on (--help tells of HF_TOKEN and HF_ENDPOINT)")
-            print(f"{problem}; trying again in {waits[0]} s", file=sys.stderr)
-            time.sleep(waits.pop(0))
+            print(f"{problem}; trying again in {wait} s", file=sys.stderr)
+            time.sleep(wait)
 
 
 def main():
@@ -90,8 +84,7 @@ def main():
     names = [f"{args.dataset}_train_{i:06d}.bin" for i in range(1, args.num_shards + 1)]
     missing = [name for name in [f"{args.dataset}_val_000000.bin", *names] if not is_good(folder / name)]
     if missing:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
+        with FileLock(folder / ".lock"):        # which makes the folder
             fetch_all([name for name in missing if not is_good(folder / name)], f"kjj0/{args.dataset}10B-gpt2", folder)
             shutil.rmtree(folder / ".part", ignore_errors=True)
     print(f"{folder}: the validation shard and {args.num_shards} training shards are there")
