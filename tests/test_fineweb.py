@@ -101,6 +101,8 @@ def hub(tmp_path):
     hub = Hub(tmp_path)
     yield hub
     hub.release.set()
+    hub.shutdown()
+    hub.server_close()
 
 
 def test_faults_that_pass_end_with_the_right_files(hub):
@@ -120,15 +122,14 @@ def test_faults_that_stay_are_errors_that_cost_the_other_files_nothing(hub):
     assert status == 1 and hub.there() == [".part", *TRAIN[5:7], VAL] and not list(hub.out.glob(".part/*.bin")), stderr
     assert f"missing: {', '.join(TRAIN[:5])}; the same command goes on" in stderr.splitlines()[-1]
     assert re.findall(r"again in (\d+) s", stderr) == "1 2 4 8 16 32 60 60 60".split()
-    assert f"{TRAIN[4]}: token 65535 is outside the vocabulary" in stderr
 
 
 @pytest.mark.parametrize("arguments, variables, message", [
-    (["--num_shards", 2], {}, "401 Unauthorized"), (["--num_shards", 0], {}, "--num_shards 0: there are 1 to 103"),
-    (["--num_shards", 3], {"FREE": "5000"}, "has no space for 3 files of 200 MB; give another --data_dir"),
+    (["--num_shards", 2], {}, "401 Unauthorized"), (["--num_shards", 4], {}, "has no fineweb_train_000004.bin"),
+    (["--num_shards", 3], {"FREE": "5000"}, "has no space for 4 files of 200 MB; give another --data_dir"),
     ([], {"HF_HUB_OFFLINE": "1"}, "fineweb_train_000025.bin; the same")])     # 25 x 100M tokens for 4,600 steps of 2^19
 def test_what_cannot_succeed_ends_at_once(hub, arguments, variables, message):
-    hub.add(VAL, *TRAIN[:2])
+    hub.add(VAL, *TRAIN[:3])
     hub.faults = {"list": repeat(401) if "401" in message else iter(())}
     stderr, status = hub.fetch(*arguments, **variables)
     assert status and message in stderr and "Traceback" not in stderr and hub.gets in ([], ["list"])
@@ -140,8 +141,7 @@ def test_what_is_there_and_good_is_not_fetched(hub):
     hub.add(*names)
     assert hub.fetch(*options, 1)[1] == 0 and hub.there() == names[::2]
     (hub.out / names[0]).write_bytes(b"damaged")
-    stderr, status = hub.fetch(*options, 2)
-    assert status == 0 and f"{names[0]}: 7 bytes are less than" in stderr and hub.there() == names
+    assert hub.fetch(*options, 2)[1] == 0 and hub.there() == names
     assert [hub.gets.count(name) for name in names] == [2, 1, 1]
     assert hub.fetch(*options, 2, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="1") == ("", 0)
 
