@@ -12,7 +12,7 @@ import pytest
 import runs
 from conftest import ROOT
 from scipy import stats
-from test_runs import log_text, run_tool, write
+from test_runs import run_tool, write
 
 
 @pytest.fixture(scope="module")
@@ -266,9 +266,3 @@ def test_bad_input(experiment, main, tmp_path):
             ([a, "vs", unfinished, "--metric", "final_loss"], "B has no finished run (given: killed)"),
             ([unfinished, "vs", unfinished, "--metric", "final_loss", "--alpha", "5"], "alpha 5.0: must lie between")):
         assert words in main(*arguments)
-
-
-def test_a_damaged_log_in_an_experiment_is_told(experiment, main):
-    (experiment / "01_B_seed1" / "log.txt").write_text(log_text(lr=0.003).replace("val_loss:3.27", "val_loss:x"))
-    printed = main(experiment)
-    assert "left out, and so not counted: " in printed and "verdict: inconclusive (void: runs left out)" in printed

@@ -15,7 +15,7 @@ import leaderboard
 import pytest
 import reproduce
 import runs
-from conftest import ROOT, SMALL, train
+from conftest import ROOT, SMALL, losses, train
 from test_runs import log_text, write
 
 RECORDS = sorted(path.parent for path in ROOT.glob("records/*/**/runs.json"))
@@ -213,6 +213,7 @@ def test_reproduce_runs_the_recorded_source_with_the_recorded_config(record, aga
     assert new.config == {**then.config, "log_dir": str(folder), "run_id": "run"}
     assert new.source_sha256 == then.source_sha256
     assert new.losses["val"].keys() == {1, 2} and new.final[1] == then.final[1]
+    assert all(f"{new.losses[kind][step][1]:.6f}" == loss for (kind, step), loss in losses(folder / "run").items())
     assert status == 0 and "reproduced: yes, identical" in out
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import runs
-from conftest import ROOT, SMALL, losses, train
+from conftest import ROOT
 
 CONFIG = dict(track="tiny", train_files="data/train_*.bin", val_tokens=2048, target=3.28, batch_tokens=512, lr=0.002,
               num_steps=20, seed=0, log_dir="logs", run_id="")
@@ -55,21 +55,6 @@ def run_tool(name: str, *arguments) -> subprocess.CompletedProcess:
 
 
 # Logs.
-
-def test_a_log_of_the_trainer(tmp_path, text):
-    """All that a run says of itself, read back from the log that it wrote."""
-    assert train("tiny", *text, *SMALL, "--seed", 7, "--log_dir", tmp_path, "--run_id", "one", "--val_every", 10) == 0
-    run = runs.read_log(tmp_path / "one")
-    source = (ROOT / "train_gpt.py").read_text()
-    assert run.source == source and run.source_sha256 == hashlib.sha256(source.encode()).hexdigest()
-    assert (run.name, run.num_steps, run.config["seed"], run.resumed) == ("one", 20, 7, False)
-    assert run.finished and run.summary["run_id"] == "one" and run.world_size == 1
-    assert f"{run.final[1]:.6f}" == losses(tmp_path / "one")["val", 20]
-    assert {("val", step) for step in run.losses["val"]} | {("train", step) for step in run.losses["train"]} == set(
-        losses(tmp_path / "one"))
-    assert re.fullmatch(r"1 x 1 threads of .+", run.hardware) and run.torch == runs.read_log(tmp_path / "one").torch
-    assert run.final[0] == pytest.approx(run.summary["train_seconds"], abs=0.01)
-
 
 def test_resumed_log(tmp_path):
     """The later of two lines of a step counts; what the resume changed makes the run equal to no other."""
