@@ -3,13 +3,11 @@
 import copy
 import math
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, environment, losses, train, unchanged
+from conftest import ROOT, SMALL, losses, train, unchanged
 from test_model import small_model
 
 import train_gpt
@@ -350,18 +348,3 @@ def test_a_row_that_nothing_knows_or_fits_is_an_error(row, words, first_row):
     with pytest.raises(train_gpt.RunError) as error:
         train_gpt.make_optimizers(model, model.config)
     assert all(word in str(error.value) for word in words)
-
-
-def test_the_benchmark_runs_and_its_memory_is_that_of_the_shapes():
-    """On tiny's matrices: two float32 of AdamW or one of Muon each."""
-    result = subprocess.run([sys.executable, ROOT / "bench/optimizers.py", "--track", "tiny", "--rounds", "1"],
-                            capture_output=True, text=True, timeout=100, env=environment())
-    assert result.returncode == 0, result.stderr
-    rows = {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.strip("| ").split("|")]
-                                              for line in result.stdout.splitlines() if line.startswith("|"))}
-    assert float(rows["torch.optim.Muon"][1]) == 1
-    matrices, rest = 3 * 12 * 160 * 160, 2 * 320 * 160
-    found = {name: int(size) for name, size in re.findall(r"^\| (.*) \| (\d+) \|$", result.stdout, re.MULTILINE)}
-    for name, size in (("AdamW", 8 * (matrices + rest)), ("Muon", 4 * matrices + 8 * rest),
-                       ("Muon, bf16 momentum", 2 * matrices + 8 * rest)):
-        assert found[name] == round(size / 2**20)
