@@ -167,12 +167,6 @@ def test_separators_equal_names_and_half_characters(tmp_path, folder):
     assert texts(tmp_path / "out") == sorted([*pieces, b"the train text", b"the val text", b"second", half])
 
 
-def test_what_is_not_utf8_is_counted(tmp_path, folder, capsys):
-    (folder / "0.txt").write_bytes("\ufffd".encode() + b" in \xff\xfe the \xf0\x9f")     # two bytes, half a character
-    make(folder, "--out", tmp_path / "out", "--encoding", write_small_ranks(tmp_path / "ranks"))
-    assert capsys.readouterr().err == "note: 3 characters were not UTF-8 and became U+FFFD\n"
-
-
 @pytest.mark.parametrize("name, data, message", [
     ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', "a.jsonl: line 3 is not JSON"),
     ("a.jsonl", b'{"text": "a\xff"}\n', "a.jsonl: line 1 is not JSON"), ("a.jsonl", b"[" * 10**5, "line 1 is not JSON"),

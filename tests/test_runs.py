@@ -4,7 +4,6 @@ import dataclasses
 import gzip
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -50,8 +49,8 @@ def write(folder: Path, *args, text: str | None = None, **options) -> Path:
 
 
 def run_tool(name: str, *arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / "tools" / name), *map(str, arguments)], capture_output=True,
-                          text=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, ROOT / "tools" / name, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100)
 
 
 # Logs.
