@@ -24,7 +24,6 @@ from shards import load_bpe  # noqa: E402
 
 
 def encode(encoding: str, paths: list[Path]) -> float:
-    """Returns the seconds of a plain process."""
     bpe, started = load_bpe(encoding), time.perf_counter()
     for path in paths:
         bpe.encode_ordinary(path.read_bytes().decode("utf-8", "replace"))
@@ -54,10 +53,12 @@ def main():
     parser.add_argument("--size_mb", type=float, default=1000, help="of the text (default: 1000)")
     parser.add_argument("--encoding", default="gpt2", help="as local_text.py takes it (default: gpt2)")
     args = parser.parse_args()
-    sources, size = itertools.cycle(sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py"))), 0
+    sources, size = sorted(filter(Path.is_file, Path(sysconfig.get_paths()["purelib"]).rglob("*.py"))), 0
     with tempfile.TemporaryDirectory() as folder:
-        for number in itertools.takewhile(lambda _: size < args.size_mb, itertools.count()):
-            size += Path(folder, f"{number}.py").write_bytes(next(sources).read_bytes()) / 1e6
+        for number, source in enumerate(itertools.cycle(sources)):
+            if size >= args.size_mb:
+                break
+            size += Path(folder, f"{number}.py").write_bytes(source.read_bytes()) / 1e6
         for run in (plain_processes, local_text, local_text, plain_processes):
             before = sum(os.times()[2:4])       # CPU seconds of the processes that have ended
             seconds, note = run(folder, args.encoding)
