@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Environment and tests: ./test.sh [pytest arguments]; ./test.sh --slow adds the tests that take minutes.
+# Environment and tests: ./test.sh [pytest arguments]. --slow adds the tests that take minutes, --upstream those of this
+# repository's own documents, records and golden figures, which a fork may break.
 set -euo pipefail
 cd "$(dirname "$0")"
 python=$(./run.sh env requirements-dev.txt)

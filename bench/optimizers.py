@@ -54,8 +54,6 @@ def time_steps(optimizers: dict, device: torch.device, rounds: int) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-                        help="in which ours runs Newton-Schulz [auto: bfloat16 where there are units for it]")
     parser.add_argument("--track", choices=train_gpt.TRACKS, default="small", help="whose matrices [small]")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed steps of each [5]")
     arguments = parser.parse_args()
@@ -66,9 +64,8 @@ def main() -> None:
     if arguments.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     device = train_gpt.join_ranks(600)
-    gpu, bf16 = device.type == "cuda", train_gpt.has_bf16_units(device)
-    dtype = arguments.dtype if arguments.dtype != "auto" else "bfloat16" if bf16 else "float32"
-    if gpu:
+    dtype = "bfloat16" if train_gpt.has_bf16_units(device) else "float32"
+    if device.type == "cuda":
         train_gpt.Muon.orthogonalize = staticmethod(torch.compile(train_gpt.orthogonalize, dynamic=False))
     configs = {name: train_gpt.make_config(dict(track=arguments.track, dtype=dtype, **fields))
                for name, fields in OURS.items()}
@@ -84,12 +81,8 @@ def main() -> None:
                   **{name: train_gpt.make_optimizers(model, c)[0]["muon"] for name, c in configs.items()}}
     seconds = time_steps(optimizers, device, arguments.rounds)
     if train_gpt.ranks()[0] == 0:
-        cpu = Path("/proc/cpuinfo").read_text() if not gpu and Path("/proc/cpuinfo").exists() else ""
-        units = [f"{kind} units" for kind in ("avx512_bf16", "amx_bf16") if kind in cpu]
-        limit = [f"{name}={os.environ[name]}" for name in ("ONEDNN_MAX_CPU_ISA",) if name in os.environ]
-        print(", ".join([str(datetime.date.today()), train_gpt.describe_hardware(device), *units, *limit,
-                         f"ours in {dtype}", f"torch {torch.__version__}",
-                         f"Python {platform.python_version()}"]))
+        print(f"{datetime.date.today()}, {train_gpt.describe_hardware(device)}, ours in {dtype}, torch "
+              f"{torch.__version__}, Python {platform.python_version()}")
         print(f"{sum(p.numel() for p in matrices):,} parameters in {len(matrices)} tensors; median of "
               f"{arguments.rounds} steps (least to most)\n")
         print("| optimizer of the matrices | seconds a step | / torch.optim.Muon | first step |\n|---|---|---|---|")

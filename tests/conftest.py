@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,21 @@ ROOT = Path(__file__).parent.parent
 SMALL = ["--num_layers", "2", "--num_heads", "2", "--head_dim", "16", "--seq_len", "32", "--batch_tokens", "512",
          "--val_tokens", "2048", "--num_steps", "20", "--cooldown_steps", "10", "--momentum_warmup_steps", "5",
          "--dtype", "float32"]
+# For these sizes one thread is fastest, and pytest runs two processes (test.sh).
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+    parser.addoption("--upstream", action="store_true", help="run the checks of this repository's own documents, too")
 
 
 def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--upstream"):
+        left_out = [item for item in items if "upstream" in item.keywords]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: ./test.sh --slow"))
@@ -50,8 +59,8 @@ def command(*arguments, nproc: int = 1) -> list[str]:
 
 
 def environment(gpu: bool = False) -> dict:
-    """Of a run with one thread a process; on a CPU, whose promises the tests check, unless a GPU is asked for."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", **({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})}
+    """Of a run on a CPU, whose promises the tests check, unless a GPU is asked for."""
+    return {**os.environ, **({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})}
 
 
 def run(*arguments, nproc: int = 1, timeout: float = 200, gpu: bool = False) -> subprocess.CompletedProcess:
@@ -61,15 +70,13 @@ def run(*arguments, nproc: int = 1, timeout: float = 200, gpu: bool = False) -> 
 
 
 @contextlib.contextmanager
-def one_thread():
-    """As OMP_NUM_THREADS=1, and with the signal handlers and random state as they were afterwards."""
+def unchanged():
+    """Leaves the signal handlers and the random state as they were."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    torch.set_num_threads(1)
+    state = torch.get_rng_state()
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
         torch.set_rng_state(state)
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -77,13 +84,24 @@ def one_thread():
 
 def train(*arguments) -> int:
     """Runs train_gpt.main on this command line, in this process, and returns its exit status."""
-    with one_thread():
-        return train_gpt.main([*map(str, arguments)])
+    with unchanged():
+        try:
+            return train_gpt.main([*map(str, arguments)])
+        except SystemExit as stop:     # of argparse
+            return stop.code
 
 
 def losses(log: Path) -> dict[tuple[str, int], str]:
     """Returns {(train or val, step): loss as printed} of a run folder; a step logged twice must agree."""
-    found = {}
-    for step, kind, loss in re.findall(r"^step:(\d+)/\d+ (train|val)_loss:(\S+)", (log / "log.txt").read_text(), re.M):
+    found, pattern = {}, r"^step:(\d+)/\d+ (?:.* )?(train|val)_loss:(\S+)"
+    for step, kind, loss in re.findall(pattern, (log / "log.txt").read_text(), re.MULTILINE):
         assert found.setdefault((kind, int(step)), loss) == loss, f"step {step} has {kind} losses {loss} and another"
     return found
+
+
+def wait_for(path: Path, pattern: str, seconds: float = 60) -> None:
+    """Waits until the file has a line that matches."""
+    end = time.monotonic() + seconds
+    while not (path.exists() and re.search(pattern, path.read_text(), re.MULTILINE)):
+        assert time.monotonic() < end, f"no line of {path} matches {pattern} within {seconds} s"
+        time.sleep(0.02)

@@ -1,13 +1,12 @@
 """What only a GPU can show; bench/gpu.sh runs these on one."""
 
-import dataclasses
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import SMALL, losses, run
-from test_model import reference_logits, small_model
+from test_model import small_model
 
 import train_gpt
 
@@ -16,12 +15,11 @@ pytestmark = pytest.mark.cuda
 
 def test_bf16_forward_against_float64():
     """bf16 has 8 bits of precision: a few layers of it end within some percent of the float64 logits."""
-    model = small_model()
     tokens = torch.randint(257, (1, 24), generator=torch.Generator().manual_seed(2))
+    exact, model = small_model(dtype="float64").double(), small_model(dtype="bfloat16").cuda()
     with torch.no_grad():
-        expected = reference_logits(model, tokens[0].tolist())
-        model.config = dataclasses.replace(model.config, dtype="bfloat16")
-        logits = model.cuda().logits(model.hidden(tokens.cuda()))[0].double().cpu()
+        expected = exact.logits(exact.hidden(tokens)).double()
+        logits = model.logits(model.hidden(tokens.cuda())).double().cpu()
     assert (logits - expected).norm() / expected.norm() < 0.03
 
 
@@ -53,32 +51,21 @@ def test_a_step_of_muon_compiled_and_eager_with_no_synchronisation():
     assert (results[0] - results[1]).norm() / results[0].norm() < 0.01
 
 
-def test_a_run_learns_compiled_and_eager_and_resumes(text, tmp_path):
-    """The same losses to bf16's rounding with and without torch.compile, and after a resume."""
-    for name in ("on", "off"):
-        options = ["--dtype", "bfloat16", "--compile", name, "--save_every", 12, "--log_dir", tmp_path,
-                   "--run_id", name]
+def test_a_run_learns_in_any_way_and_resumes(text, tmp_path):
+    """The same losses to bf16's rounding with and without torch.compile, with another micro-batch, after a resume."""
+    for name, options in dict(on=["--compile", "on"], off=["--compile", "off"],
+                              two=["--compile", "off", "--micro_batch", 2]).items():
+        options += ["--dtype", "bfloat16", "--save_every", 12, "--log_dir", tmp_path, "--run_id", name]
         result = run("tiny", *SMALL, *text, *options, timeout=400, gpu=True)
         assert result.returncode == 0, result.stderr
-    log = (tmp_path / "on/log.txt").read_text()
-    assert re.search("^kernels: .*bfloat16", log, re.MULTILINE)
-    compiled, eager = losses(tmp_path / "on"), losses(tmp_path / "off")
-    assert float(eager["val", 20]) < 4.7
-    assert max(abs(float(compiled[key]) - float(eager[key])) for key in eager) < 0.05
+    assert re.search("^kernels: .*bfloat16", (tmp_path / "on/log.txt").read_text(), re.MULTILINE)
     options = ["--log_dir", tmp_path / "again", "--compile", "off"]
     result = run("--resume", tmp_path / "off", *options, timeout=400, gpu=True)
     assert result.returncode == 0, result.stderr
-    resumed = losses(tmp_path / "again/off")
-    assert max(abs(float(loss) - float(eager[key])) for key, loss in resumed.items()) < 0.02
-
-
-def test_losses_do_not_depend_on_the_micro_batch(text, tmp_path):
-    for micro_batch in (16, 2):
-        options = ["--dtype", "bfloat16", "--micro_batch", micro_batch, "--compile", "off", "--log_dir", tmp_path,
-                   "--run_id", micro_batch]
-        assert run("tiny", *SMALL, *text, *options, timeout=400, gpu=True).returncode == 0
-    a, b = losses(tmp_path / "16"), losses(tmp_path / "2")
-    assert max(abs(float(a[key]) - float(b[key])) for key in a) < 0.02
+    eager = losses(tmp_path / "off")
+    assert float(eager["val", 20]) < float(eager["train", 1]) - 0.3
+    for name, tolerance in {"on": 0.05, "two": 0.02, "again/off": 0.02}.items():
+        assert all(abs(float(loss) - float(eager[key])) < tolerance for key, loss in losses(tmp_path / name).items())
 
 
 def test_the_loader_gives_the_gpu_the_cpus_batches(text):

@@ -1,81 +1,141 @@
-"""Several ranks: the collectives of a step, the shared-out optimizer, and ranks that die or hang."""
+"""Several ranks: the collectives of a step, the shared-out optimizer, and a rank that hangs."""
 
-import json
+import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
-import time
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, command, environment
-from distributed_worker import steps
+import torch.distributed as dist
+from conftest import SMALL, command, environment, wait_for
+from test_model import small_model
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+import train_gpt
+
+
+def count_all_reduces() -> dict[int, int]:
+    """Returns {micro-steps: all-reduces of gradient buckets in a step}."""
+    model = DistributedDataParallel(small_model())
+    counts = []
+
+    def hook(state, bucket):
+        counts[-1] += 1
+        return allreduce_hook(state, bucket)
+
+    model.register_comm_hook(None, hook)
+    tokens = torch.randint(257, (8, 17), generator=torch.Generator().manual_seed(dist.get_rank()))
+    result = {}
+    for _ in range(2):     # the buckets settle after the first step
+        for micro_batch in (8, 4, 2, 1):
+            counts.append(0)
+            train_gpt.accumulate_gradients(model, tokens, micro_batch)
+            result[8 // micro_batch] = counts[-1]
+    return result
+
+
+def steps(first: int, last: int, state: dict | None = None) -> tuple[dict, dict]:
+    """Muon's steps `first` to `last` of 10 on recorded float64 gradients, from `state` on; returns the optimizer's
+    state and {parameter: its values at the end}."""
+    model = small_model(num_layers=3, normuon_beta2=0.9, matrix_weight_decay=0.1, decay_kind="cautious").double()
+    optimizer = train_gpt.make_optimizers(model, model.config)[0]["muon"]
+    for group in optimizer.param_groups:
+        group["ns_dtype"] = torch.float64
+    matrices = dict(model.blocks.named_parameters())
+    if state is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        for name, p in matrices.items():
+            p.data.copy_(state["matrices"][name])
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        for p in matrices.values():
+            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        optimizer.step()
+    return optimizer.state_dict(), {name: p.detach() for name, p in matrices.items()}
+
+
+def on_a_rank(rank: int, size: int, port: int, path) -> dict:
+    """Makes 10 steps. Two ranks save their state after 5, from which four go on. `share`: matrices of this rank."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    train_gpt.join_ranks(60)
+    facts = dict(all_reduces=count_all_reduces())
+    if size == 2:
+        optimizer, half = steps(0, 5)
+        if rank == 0:
+            torch.save(dict(optimizer=optimizer, matrices=half), path)
+    else:
+        facts["resumed"] = steps(5, 10, torch.load(path))[1]
+    original, shares = train_gpt.orthogonalize, []
+
+    def counting(G, *others):
+        shares.append(len(G))
+        return original(G, *others)
+
+    train_gpt.Muon.orthogonalize = staticmethod(counting)
+    facts["matrices"] = steps(0, 10)[1]
+    dist.destroy_process_group()
+    return facts | dict(share=sum(shares) / 10)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("half")
+def path(tmp_path_factory):
+    return tmp_path_factory.mktemp("half") / "state.pt"
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def facts(request, folder):
-    path = os.pathsep.join([str(ROOT), str(ROOT / "data"), str(ROOT / "tests")])
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={request.param}",
-         ROOT / "tests/distributed_worker.py", folder], capture_output=True, text=True, timeout=120,
-        env={**environment(), "PYTHONPATH": path})
-    assert result.returncode == 0, result.stderr
-    return json.loads(re.search(r"FACTS (.*)", result.stdout)[1])
+def facts(request, path):
+    """What each of 2 or 4 gloo ranks found."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")     # whose server imports torch once for all ranks
+    context.set_forkserver_preload([__name__])
+    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(request.param, context) as pool:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        ranks = [pool.submit(on_a_rank, rank, request.param, port, path) for rank in range(request.param)]
+        return [rank.result(timeout=100) for rank in ranks]
 
 
 def test_all_reduces_do_not_depend_on_the_micro_steps(facts):
-    assert len(set(facts["all_reduces"].values())) == 1 and facts["all_reduces"]["8"] >= 1
+    assert len(set(facts[0]["all_reduces"].values())) == 1 and facts[0]["all_reduces"][8] >= 1
 
 
-def test_the_ranks_share_muon_and_a_state_of_two_goes_on_on_four_and_one(facts, folder):
-    """20 steps on 2 and 4 ranks are those of one process, in float64; so is a run that 2 ranks saved after 10."""
-    expected = steps(0, 20)[1]
-    found = [facts["matrices"], facts["resumed"] or steps(10, 20, torch.load(folder / "half.pt"))[1]]
-    for matrices in found:
+def test_the_ranks_share_muon_and_a_state_of_two_goes_on_on_four_and_one(facts, path):
+    """10 steps on 2 and 4 ranks are those of one process, in float64; so is a run that 2 ranks saved after 5."""
+    expected = steps(0, 10)[1]
+    resumed = facts[0].get("resumed") or steps(5, 10, torch.load(path))[1]
+    for matrices in (resumed, *(rank["matrices"] for rank in facts)):
         assert matrices.keys() == expected.keys()
-        assert max((torch.as_tensor(p, dtype=torch.float64) - expected[name]).abs().max()
-                   for name, p in matrices.items()) < 1e-9
+        assert max((p - expected[name]).abs().max() for name, p in matrices.items()) < 1e-9
 
 
 def test_the_ranks_share_the_orthogonalization(facts):
-    """3 layers have 9 matrices of Q, K and V, and 9 others; no rank has more than two beyond an equal share."""
-    shares = facts["shares"]
-    assert sum(shares) == 18 and max(shares) <= 18 / len(shares) + 2
+    """No rank has more than two matrices beyond an equal share, one for each of two shapes."""
+    shares = [rank["share"] for rank in facts]
+    assert sum(shares) == sum(3 if "qkv" in name else 1 for name in facts[0]["matrices"])
+    assert max(shares) <= sum(shares) / len(shares) + 2
 
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_run_with_a_message(text, tmp_path):
     """One of two ranks is stopped (SIGSTOP): the other says which collective it waited for, and the run ends."""
-    options = [*SMALL, *text, "--num_steps", 100_000, "--collective_timeout", 5, "--log_dir", tmp_path]
+    options = [*SMALL, *text, "--num_steps", 100_000, "--collective_timeout", 5, "--log_dir", tmp_path, "--run_id", "r"]
     process = subprocess.Popen(
         command("tiny", *options, nproc=2),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
     try:
-        log = wait_for(tmp_path, r"^step:20/")
+        wait_for(tmp_path / "r/log.txt", r"^step:20/")
         workers = [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
                    .stdout.split()]
         os.kill(workers[1], signal.SIGSTOP)
         output = process.communicate(timeout=90)[0]
     finally:
         process.kill()
-    assert process.returncode != 0 and log
-    assert re.search(r"rank 0 of 2: .*another rank.*--collective_timeout",
-                     output), output
-
-
-def wait_for(folder, pattern: str, seconds: float = 60):
-    """Waits until the one log below `folder` has a line that matches, and returns its path."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        for log in folder.glob("*/log.txt"):
-            if re.search(pattern, log.read_text(), re.MULTILINE):
-                return log
-        time.sleep(0.05)
-    raise AssertionError(f"no line matches {pattern} within {seconds} s")
+    assert process.returncode != 0
+    assert re.search(r"rank 0 of 2: .*another rank.*--collective_timeout", output), output

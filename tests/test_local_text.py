@@ -19,11 +19,16 @@ import pyarrow.parquet
 import pytest
 import shards
 import torch
-from bpe_reference import GPT2_RANKS, plain_bpe, read_ranks, write_small_ranks
 from conftest import ROOT
+from tiktoken._educational import SimpleBytePairEncoding
 
 import train_gpt
 
+# GPT-2's split, as its authors published it: \s is Unicode's White_Space, which Python sees otherwise.
+SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+".replace(
+    r"\s", r"\p{White_Space}").replace(r"\S", r"\P{White_Space}")
+GPT2_RANKS = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or ROOT.parent / "shared/tiktoken",
+                  "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4")     # as tiktoken names r50k_base there
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "data")}
 
 
@@ -59,8 +64,16 @@ def encoding(request, tmp_path, monkeypatch):
     if request.param == "gpt2" and GPT2_RANKS.exists():
         option, path = "gpt2", GPT2_RANKS
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(path.parent))
-    ranks = read_ranks(path)
-    return option, len(ranks) + 1, lambda text: plain_bpe(text.decode("utf-8", "replace"), ranks)
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, path.read_text().splitlines())}
+    plain = SimpleBytePairEncoding(pat_str=SPLIT, mergeable_ranks=ranks)
+    return option, len(ranks) + 1, lambda text: plain.encode(text.decode("utf-8", "replace"), visualise=None)
+
+
+def write_small_ranks(path: Path) -> Path:
+    tokens = [bytes([i]) for i in range(255, -1, -1)]
+    tokens += [b"th", b"the", b" the", b"in", b"\xc3\xa9", b"\xf0\x9f", b"\xf0\x9f\x99", b"\xf0\x9f\x99\x82", b"\n\n"]
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)))
+    return path
 
 
 def odd_document(rng: random.Random) -> bytes:

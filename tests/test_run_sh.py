@@ -1,175 +1,130 @@
-"""run.sh's choices, with an interpreter that writes down what it is asked to run instead of running it, and whole runs
-of a track of its own."""
+"""run.sh: its choices, by an interpreter that says on stderr what it should run; whole runs; the making of .venv."""
 
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
+import zipfile
+from importlib import metadata
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, environment
+from conftest import ROOT, SMALL, environment, losses, wait_for
 
 import train_gpt
 
-GPUS = """import os, types, torch
-count, size = map(int, os.environ["FAKE_GPUS"].split())
-torch.cuda.device_count = lambda: count
-torch.cuda.get_device_properties = lambda i: types.SimpleNamespace(major=8, minor=0, total_memory=size * 10**9)
+FAKE = f"""#!/bin/sh
+case "$*" in *importlib.metadata*) exit ;; *get_device_properties*) exec {sys.executable} "$@" ;; esac
+echo "$*" >&2
+case "$*" in *${{FAILS:-nothing}}*) echo "x: good: x"; echo "bad: y"; exit 3 ;; esac
 """
-FAKE = """#!/bin/sh
-case "$*" in
-    *importlib.metadata*) ;;
-    *get_device_properties*) shift; exec "$REAL" -c "$GPUS$@" ;;
-    *) echo "$*" >> calls
-       case "$*" in *train_gpt.py*)
-           mkdir -p ${FAKE_RUN:-logs/new}
-           if [ -n "${FAKE_WAIT:-}" ]; then
-               trap 'sleep 0.3; echo saved >> calls; exit 143' TERM
-               echo waiting >> calls
-               while :; do sleep 0.05; done
-           fi
-           exit ${FAKE_STATUS:-0} ;;
-       esac ;;
-esac
-"""
+ADDED = """
+torch.cuda.device_count = lambda: int(os.environ.get("GPUS", 0))
+torch.cuda.get_device_properties = lambda i: SimpleNamespace(major=8, total_memory=float(os.environ["BYTES"]))
+TRACKS["mine"] = dict(prepare="data/mine.py own/1.bin", train_files="own/*.bin", val_files="own/*.bin", vocab_size=257)
+if __name__"""
+MINE = """import numpy, shards, sys
+with shards.ShardWriter(sys.argv[1], 257) as shard:
+    shard.write(numpy.random.default_rng(0).integers(0, 97, 2100).astype("<u2"))"""
+
+
+def script(path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)
 
 
 @pytest.fixture
-def start(tmp_path):
-    """Runs a copy of run.sh; returns (status, the commands that it gave the interpreter, in order)."""
-    shutil.copy(ROOT / "run.sh", tmp_path)
-    shutil.copy(ROOT / "train_gpt.py", tmp_path)
-    (tmp_path / "python").write_text(FAKE)
-    (tmp_path / "python").chmod(0o755)
+def clone(tmp_path):
+    clone = tmp_path / "clone"
+    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".*", "*.bin", "records", "tests", "logs"))
+    script(clone / "fake", FAKE)
+    script(clone / "data/mine.py", MINE)
+    script(clone / "train_gpt.py", (ROOT / "train_gpt.py").read_text().replace("\nif __name__", ADDED))
+    return clone
 
-    def start(*arguments, gpus="0 0", **variables):     # the GPUs' number, and the GB of each
-        (tmp_path / "calls").unlink(missing_ok=True)
-        result = subprocess.run(["./run.sh", *arguments], cwd=tmp_path, capture_output=True, text=True, env={
-            **os.environ, "PYTHON": "./python", "REAL": sys.executable, "GPUS": GPUS, "FAKE_GPUS": gpus, **variables},
-            timeout=60)
-        calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
-        return result.returncode, calls
 
-    return start
+def start(clone, *arguments, **variables) -> subprocess.Popen:
+    return subprocess.Popen(["./run.sh", *arguments], cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env={**environment(), "PYTHON": "./fake", **variables}, start_new_session=True)
+
+
+def result(clone, *arguments, **variables) -> tuple[int, str, list[str]]:
+    process = start(clone, *arguments, **variables)
+    output, errors = process.communicate(timeout=60)
+    return process.returncode, output, errors.splitlines()
 
 
 TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node="
-VERIFY = "data/shards.py verify data/tiny/train_*.bin data/tiny/val_*.bin"
+ONE_OF_TWO = "-m torch.distributed.run --nnodes=2 --node_rank=1 --master_addr=a --master_port=99 --nproc_per_node=8 "
+EIGHT, NODES = dict(GPUS="8", BYTES="80e9"), dict(NNODES="2", NODE_RANK="1", MASTER_ADDR="a", MASTER_PORT="99")
 
 
-def test_a_cpu_takes_tiny_in_one_process(start):
-    assert start() == (0, ["data/local_text.py", VERIFY, "train_gpt.py tiny", "records/plot.py logs/new/"])
+def steps(track: str, launched: str) -> list[str]:
+    c = train_gpt.make_config(dict(track=track))
+    return [c.prepare, f"data/shards.py verify {c.train_files} {c.val_files}", launched, "tools/plot.py logs/new/"]
 
 
-@pytest.mark.parametrize("arguments, gpus, launched", [
-    ([], "8 80", TORCHRUN + "8 train_gpt.py small"),
-    ([], "8 16", TORCHRUN + "1 train_gpt.py tiny"),
-    (["--num_steps", "5"], "1 20", TORCHRUN + "1 train_gpt.py small --num_steps 5"),
-    pytest.param(["tiny"], "8 80", TORCHRUN + "1 train_gpt.py tiny", marks=pytest.mark.slow),
-    pytest.param(["--num_steps", "5", "small"], "2 80", TORCHRUN + "2 train_gpt.py --num_steps 5 small",
-                 marks=pytest.mark.slow),
-    pytest.param(["small"], "0 0", "train_gpt.py small", marks=pytest.mark.slow),
-])
-def test_track_and_processes(start, arguments, gpus, launched):
-    status, calls = start(*arguments, gpus=gpus)
-    assert status == 0 and calls[2] == launched
-    assert calls[0] == ("data/fineweb.py" if "small" in launched else "data/local_text.py")
+@pytest.mark.parametrize("arguments, variables, status, lines", [
+    ("", {}, 0, steps("tiny", "train_gpt.py tiny")),
+    ("--num_steps 5", EIGHT, 0, steps("small", TORCHRUN + "8 train_gpt.py small --num_steps 5")),
+    ("small", EIGHT | NODES, 0, steps("small", ONE_OF_TWO + "train_gpt.py small")[:-1]),     # the other node plots
+    ("tiny --train_files m*.bin --val_files=v.bin --run_id r --log_dir a", dict(NPROC_PER_NODE="2", FAILS="plot"), 0, [
+        "data/shards.py verify m*.bin v.bin",
+        TORCHRUN + "2 train_gpt.py tiny --train_files m*.bin --val_files=v.bin --run_id r --log_dir a",
+        "tools/plot.py a/r", "run.sh: the run is complete, but its plot could not be drawn"]),
+    ("--resume logs/new", EIGHT, 0, [
+        "data/shards.py verify t  t v", TORCHRUN + "8 train_gpt.py --resume logs/new", "tools/plot.py logs/new"]),
+    ("tiny", dict(FAILS="verify"), 1, [*steps("tiny", "")[:2], "bad: y"]),
+    ("tiny", dict(FAILS="train_gpt"), 3, steps("tiny", "train_gpt.py tiny")[:-1]),
+    ("large", {}, 1, ["error: track large: give small or tiny or mine"]),
+    ("tiny --help", {}, 0, ["train_gpt.py --help"]),
+    ("tiny", dict(PYTHON="false"), 1, ["run.sh: PYTHON=false has no torch 2.11 or newer; name another, or none"]),
+    pytest.param("", dict(GPUS="8", BYTES="16e9"), 0, steps("tiny", "train_gpt.py tiny"), marks=pytest.mark.slow),
+    pytest.param("", dict(GPUS="1", BYTES="20e9"), 0, steps("small", "train_gpt.py small"), marks=pytest.mark.slow)])
+def test_what_it_runs(clone, arguments, variables, status, lines):
+    (clone / "logs/new").mkdir(parents=True)
+    torch.save(dict(config=vars(train_gpt.Config(train_files="t  t", val_files="v"))), clone / "logs/new/checkpoint.pt")
+    found, _, errors = result(clone, *arguments.split(), **variables)
+    assert (found, [line.replace(f"{clone}/", "") for line in errors]) == (status, lines)
 
 
-def test_several_nodes(start):
-    status, calls = start("small", gpus="8 80", NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1", MASTER_PORT="1234")
-    assert status == 0 and calls[0] == "data/fineweb.py" and calls[2:] == [
-        "-m torch.distributed.run --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 --master_port=1234 "
-        "--nproc_per_node=8 train_gpt.py small"]     # no plot: the first node has the run's folder
-    assert start("tiny", NPROC_PER_NODE="2")[1][2] == TORCHRUN + "2 train_gpt.py tiny"
+def test_a_new_track_is_one_entry_and_signals_save(clone):
+    """Its data are made and checked, it is trained on and plotted, and stopped twice in between."""
+    arguments, log = ["mine", *SMALL, "--num_steps", "200", "--run_id", "r"], clone / "logs/r/log.txt"
+    for number, kill, step in ((signal.SIGTERM, os.kill, 5), (signal.SIGINT, os.killpg, 40)):
+        process = start(clone, *arguments, PYTHON=sys.executable)
+        wait_for(log, f"^step:{step}/")
+        for _ in range(2):     # SIGTERM reaches run.sh alone, Ctrl-C all that the terminal has started
+            kill(process.pid, number)
+        assert process.wait(timeout=60) == 128 + number and log.read_text().splitlines()[-1].startswith("stopped at")
+        arguments = ["--resume", "logs/r"]
+    status, output, errors = result(clone, *arguments, PYTHON=sys.executable)
+    assert status == 0 and ": good: " not in output and (clone / "logs/r/loss.png").exists(), errors
+    assert sorted(step for kind, step in losses(log.parent) if kind == "train") == list(range(1, 201))
 
 
-def test_own_data_and_resume_prepare_nothing(start, tmp_path):
-    assert start("tiny", "--train_files", "mine/*.bin")[1][:2] == [
-        "data/shards.py verify mine/*.bin data/tiny/val_*.bin", "train_gpt.py tiny --train_files mine/*.bin"]
-    config = vars(train_gpt.make_config(dict(track="tiny", log_dir="moved since")))
-    (tmp_path / "out/run").mkdir(parents=True)
-    torch.save(dict(config=config), tmp_path / "out/run/checkpoint.pt")
-    assert start("--resume", "out/run", gpus="8 80") == (
-        0, [VERIFY, TORCHRUN + "1 train_gpt.py --resume out/run", f"records/plot.py {tmp_path}/out/run"])
+def test_a_clone_without_the_pins_makes_venv_once(clone):
+    """Where there is no Python, one that is too old, one without the pins, one that has them; and no such pins."""
+    real, version = os.path.realpath(sys.executable), metadata.version("packaging")
+    with zipfile.ZipFile(clone / f"packaging-{version}-py3-none-any.whl", "w") as wheel:
+        for file in metadata.files("packaging"):
+            wheel.write(file.locate(), file)
+    script(clone / "requirements.txt", f'packaging=={version}\nabsent==1.0; python_version < "3"\n')
+    script(clone / "dev.txt", "-r requirements.txt\npackaging>1\n")
+    for tool in ("bash", "dirname", "grep"):
+        (clone / tool).symlink_to(shutil.which(tool))
+    script(clone / "python", f'#!/bin/sh\n{real} -Ic "import sys; sys.version_info = 3, 9; exec(sys.argv[2])" "$@"\n')
 
+    def env(path="."):
+        return result(clone, "env", "dev.txt", PYTHON="", PATH=path, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(clone))
 
-def test_names_of_the_run_and_failure(start):
-    assert start("tiny", "--log_dir", "other", FAKE_RUN="other/r")[1][-1] == "records/plot.py other/r/"
-    assert start("tiny", "--run_id", "r", "--log_dir=a b")[1][-1] == "records/plot.py a b/r"
-    status, calls = start("tiny", FAKE_STATUS="2")
-    assert status == 2 and "plot" not in calls[-1]
-
-
-@pytest.mark.parametrize("arguments", [
-    ["large"], ["--resume", "nowhere"], pytest.param(["tiny", "--no_such_field", "1"], marks=pytest.mark.slow),
-    pytest.param(["--lr", "x"], marks=pytest.mark.slow), pytest.param(["--lr", "-1"], marks=pytest.mark.slow)])
-def test_a_wrong_command_line_ends_before_anything_is_made(start, arguments):
-    assert start(*arguments) == (2, [])
-
-
-def test_help_is_the_trainers(start):
-    assert start("tiny", "--help") == (0, ["train_gpt.py --help"])
-
-
-def test_sigterm_reaches_the_trainer_and_is_waited_for(start, tmp_path):
-    process = subprocess.Popen(["./run.sh", "tiny"], cwd=tmp_path, env={
-        **os.environ, "PYTHON": "./python", "REAL": sys.executable, "GPUS": GPUS, "FAKE_GPUS": "0 0",
-        "FAKE_WAIT": "1"})
-    while "waiting" not in ((tmp_path / "calls").read_text() if (tmp_path / "calls").exists() else ""):
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=10) == 143
-    assert (tmp_path / "calls").read_text().splitlines()[-1] == "saved"     # and no plot of a run that was stopped
-
-
-def test_an_interpreter_without_torch_is_named(tmp_path):
-    (tmp_path / "python").write_text("#!/bin/sh\nexec /usr/bin/env python3 -S -I \"$@\"\n")
-    (tmp_path / "python").chmod(0o755)
-    result = subprocess.run([ROOT / "run.sh", "tiny"], capture_output=True, text=True,
-                            env={**os.environ, "PYTHON": str(tmp_path / "python")})
-    assert result.returncode != 0 and "has torch 0.0 (none); name one with 2.11 or newer" in result.stderr
-
-
-MINE = """
-import sys
-sys.path.insert(0, "data")
-import numpy as np
-from shards import ShardWriter
-for name in ("train_0", "val_0"):
-    with ShardWriter(f"{sys.argv[1]}/{name}.bin", 257) as shard:
-        shard.write(np.random.default_rng(0).integers(0, 97, 2100).astype("<u2"))
-"""
-
-
-def test_a_new_track_is_one_entry_in_tracks(tmp_path):
-    """Its data are made by its program, checked, trained on and plotted; damaged ones end it before training."""
-    shutil.copytree(ROOT / "records", tmp_path / "records", ignore=lambda folder, names: {
-        name for name in names if not name.endswith(".py")})
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/mine.py").write_text(MINE)
-    for name in ("run.sh", "data/shards.py"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    source = (ROOT / "train_gpt.py").read_text()
-    (tmp_path / "train_gpt.py").write_text(source.replace("\nTRACKS = {\n", """
-TRACKS = {
-    "mine": dict(prepare="data/mine.py own", train_files="own/train_*.bin", val_files="own/val_*.bin", vocab_size=257),
-""", 1))
-
-    def start(*options):
-        return subprocess.run(["./run.sh", "mine", *SMALL, "--num_steps", "2", *options], cwd=tmp_path, timeout=120,
-                              capture_output=True, text=True, env={**environment(), "PYTHON": sys.executable})
-
-    done = start("--run_id", "one")
-    assert done.returncode == 0, done.stderr
-    assert "step:2/2 val_loss:" in done.stdout and "good" not in done.stdout
-    assert (tmp_path / "logs/one/loss.png").exists()
-    shard = tmp_path / "own/val_0.bin"
-    shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
-    done = start("--train_files", "own/train_*.bin", "--run_id", "two")
-    assert done.returncode == 1 and done.stderr.startswith("bad: own/val_0.bin: token ")
-    assert not (tmp_path / "logs/two").exists()
+    status, output, errors = env()
+    assert status == 1 and not output and errors[-1].endswith("no Python 3.10 or newer was found; install one")
+    script(clone / "python3", f'#!/bin/sh\nexec {real} -I "$@"\n')
+    assert env() == (0, ".venv/bin/python\n", ["run.sh: installing dev.txt into .venv, once"])
+    assert env() == (0, ".venv/bin/python\n", [])
+    assert env(path=".venv/bin:.") == (0, "python\n", [])     # an active environment that has them
+    script(clone / "requirements.txt", "packaging==0.0.1\n")
+    status, output, errors = env()
+    assert status == 1 and not output and "packaging==0.0.1" in errors[-1]

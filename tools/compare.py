@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
+import numpy as np
 from runs import THEN, LogError, Run, changed, find_runs, printable, setting
 from scipy import stats
 
@@ -74,30 +75,24 @@ def t_test(a: list[float] | None, b: list[float], alpha: float) -> tuple[float, 
     return float(low), float(high), float(test.pvalue)
 
 
-def power(n: int, difference: float, stds: list[float], alpha: float) -> float:
-    """Returns the chance that t_test, with n numbers a sample, finds `difference` where the samples have these stds."""
-    variances = [std**2 / n for std in stds]
-    degrees = sum(variances)**2 / sum(variance**2 / (n - 1) for variance in variances)      # Welch, 1947
-    shift = abs(difference) / math.sqrt(sum(variances))
-    critical = stats.t.isf(alpha / 2, degrees)
-    return float(stats.nct.sf(critical, degrees, shift) + stats.nct.cdf(-critical, degrees, shift))
-
-
 def words_needed(samples: list[list[float]], difference: float, p: float | None, alpha: float, unit: str) -> str:
-    here, stds = min(map(len, samples)), [stdev(sample) if len(sample) > 1 else 0 for sample in samples]
+    """Returns how many more runs would find this difference, if it and the stds are what they seem, in words."""
+    here = min(map(len, samples))
     if here < 2:
         return f"2 or more {unit}, to tell a difference from chance"
     if p is None:
         return "unknown: the runs do not differ, so there is no std to judge by"
     if p < alpha:
         return "none: p is below alpha"
-    if power(MOST_RUNS, difference, stds, alpha) < POWER:
+    # The power of t_test for n numbers a sample: noncentral t, with the degrees of freedom of Welch (1947).
+    n = np.arange(2, MOST_RUNS + 1)
+    variances = np.array([[stdev(sample)**2] for sample in samples]) / n
+    degrees = variances.sum(0)**2 / (variances**2 / (n - 1)).sum(0)
+    shift, critical = abs(difference) / np.sqrt(variances.sum(0)), stats.t.isf(alpha / 2, degrees)
+    enough = n[stats.nct.sf(critical, degrees, shift) + stats.nct.cdf(-critical, degrees, shift) >= POWER]
+    if not len(enough):
         return f"more than {MOST_RUNS:,} {unit}: the difference is too small to find"
-    low, high = 2, MOST_RUNS
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if power(middle, difference, stds, alpha) >= POWER else (middle + 1, high)
-    return f"about {max(1, low - here)} more {unit}, for a power of {POWER:.0%} at this difference and std"
+    return f"about {max(1, enough[0] - here)} more {unit}, for a power of {POWER:.0%} at this difference and std"
 
 
 # What makes a comparison void, or calls for a word.
@@ -110,7 +105,7 @@ def names(items: list) -> str:
 def read_plan(folder: Path) -> dict | None:
     """Returns what compare needs of the folder's plan.json; None where there is none; raises LogError.
 
-    {metric, alpha: of one comparison, runs: names of the planned runs, looks: numbers of blocks after which it may end}
+    {metric, alpha: of one comparison, runs: names of the planned runs}
     """
     path = folder / "plan.json"
     if not path.exists():
@@ -118,48 +113,30 @@ def read_plan(folder: Path) -> dict | None:
     try:
         plan = json.loads(printable(path.read_text(encoding="utf-8")))
         return dict(metric=str(plan["metric"]), alpha=float(plan.get("alpha_each", plan["alpha"])),
-                    runs=[str(run) for run in plan["runs"]], looks=[int(look) for look in plan.get("looks", [])])
+                    runs=[str(run) for run in plan["runs"]])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LogError(f"{path} is damaged ({error!r}): it must hold metric, alpha and runs, the names of the planned "
                        "runs") from None
 
 
-def check_plan(runs: list[Run], metric: str, alpha: float) -> tuple[list[str], list[str]]:
-    """Returns (voids, warnings) about planned runs that are not among these, and about another metric or alpha."""
-    voids, warnings = [], []
-    for folder in sorted({run.folder for run in runs if run.side}):
-        plan = read_plan(folder)
-        if plan is None:
-            continue
-        given = {run.name for run in runs if run.folder == folder}
-        letters = {run.side for run in runs if run.folder == folder}
-        planned = [name for name in plan["runs"] if not letters.isdisjoint(name.split("_"))]
-        missing = [name for name in planned if name not in given]
-        blocks = list(dict.fromkeys(name.split("_")[0] for name in planned))
-        early = [look for look in plan["looks"]
-                 if missing == [name for name in planned if name.split("_")[0] in blocks[look:]]]
-        if missing and early and not any((folder / name / "log.txt").exists() for name in missing):
-            warnings.append(f"ended early: after {early[0]} of {len(blocks)} blocks, a look in {folder}/plan.json")
-        elif missing:
+def check_folder(folder: Path, runs: list[Run], metric: str, alpha: float) -> tuple[list[str], list[str]]:
+    """Returns (voids, warnings) about what these runs' folder holds beside them: a plan, and runs of their settings."""
+    plan, voids, given = read_plan(folder), [], {run.name for run in runs}
+    if plan:
+        letters = {run.side for run in runs}
+        missing = [name for name in plan["runs"] if name not in given and not letters.isdisjoint(name.split("_"))]
+        if missing:
             voids.append(f"runs left out: {folder}/plan.json has {names(missing)}, not here")
         for what, value in (("metric", metric), ("alpha", alpha)):
             if plan[what] != value:
                 voids.append(f"{what} chosen after looking: {value}, where {folder}/plan.json has {plan[what]}")
-    return voids, warnings
-
-
-def check_beside(runs: list[Run]) -> list[str]:
-    """Returns a warning about runs of the same settings that lie beside these and are neither given nor planned."""
-    settings, given, alike = [setting(run) for run in runs], {run.path.resolve() for run in runs}, []
-    for folder in sorted({run.folder for run in runs}):
-        plan = read_plan(folder) or dict(runs=[])
-        record = (folder / "runs.json").exists()
-        beside = [folder] if record else [*folder.glob("*/log.txt"), *folder.glob("*.txt"), runs[0].path]
-        for other in find_runs(beside)[0]:
-            new = other.path.resolve() not in given and other.name not in plan["runs"]
-            if new and setting(other) in settings:
-                alike.append(other)
-    return [f"runs of the same setting lie beside these and are not counted: {names(alike)}"] if alike else []
+        given.update(plan["runs"])
+    logs = [folder] if (folder / "runs.json").exists() else [*folder.glob("*/log.txt"), *folder.glob("*.txt")]
+    try:
+        beside = [run for run in find_runs(logs)[0] if run.name not in given and setting(run) in map(setting, runs)]
+    except LogError:
+        beside = []
+    return voids, [f"runs of the same setting lie beside these, not counted: {names(beside)}"] if beside else []
 
 
 def check(variants: dict[str, list[Run]], metric: str) -> tuple[list[str], list[str]]:
@@ -253,9 +230,10 @@ def compare(a: list[Run], b: list[Run], metric: str, alpha: float = 0.05, candid
             raise LogError(f"{letter} has no finished run (given: {names(variants[letter]) or 'none'}); give runs that "
                            "trained to their last step")
     voids, warnings = check(variants, metric)
-    more_voids, more_warnings = check_plan(a + b, metric, alpha)
-    voids += more_voids
-    warnings += more_warnings + check_beside(a + b)
+    for folder in sorted({run.folder for run in a + b}):
+        more_voids, more_warnings = check_folder(
+            folder, [run for run in a + b if run.folder == folder], metric, alpha)
+        voids, warnings = voids + more_voids, warnings + more_warnings
 
     # What is compared: two samples, or the ratios in blocks.
     seconds_a, seconds_b = ([run.final[0] for run in runs] for runs in finished.values())
@@ -327,12 +305,6 @@ def report(result: Result) -> str:
                       f"verdict: {result.verdict}"])
 
 
-def by_letter(runs: list[Run]) -> dict[str, list[Run]]:
-    """Returns {letter: runs} of an experiment, A first."""
-    letters = sorted({"A", *(run.side for run in runs if run.side)})
-    return {letter: [run for run in runs if run.side == letter] for letter in letters}
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="%(prog)s A... vs B... --metric METRIC [options], or %(prog)s EXPERIMENT")
@@ -341,27 +313,25 @@ def main():
     parser.add_argument("--alpha", type=float, help="accepted chance of a wrong 'faster' or 'slower' (0.05)")
     args = parser.parse_args()
     try:
-        plan = {} if "vs" in args.paths else len(args.paths) == 1 and read_plan(Path(args.paths[0]))
+        plan = {} if len(args.paths) > 1 else read_plan(Path(args.paths[0]))
         if plan:
             runs, bad = find_runs(args.paths)
-            variants = by_letter(runs)
+            variants = {letter: [run for run in runs if run.side == letter]
+                        for letter in sorted({"A", *(run.side for run in runs if run.side)})}
         elif "vs" in args.paths[1:-1]:
             middle = args.paths.index("vs")
-            (a, bad_a), (b, bad_b) = find_runs(args.paths[:middle]), find_runs(args.paths[middle + 1:])
-            variants, bad = dict(A=a, B=b), bad_a + bad_b
+            (a, bad), (b, more) = find_runs(args.paths[:middle]), find_runs(args.paths[middle + 1:])
+            variants, bad = dict(A=a, B=b), bad + more
         else:
             parser.error(f"{printable(' '.join(args.paths))}: give A... vs B..., or one folder with a plan.json")
-        metric = args.metric or plan.get("metric")
-        if not metric:
-            parser.error(f"--metric: name the one that decides, {', '.join(METRICS)}")
-        alpha = plan.get("alpha", 0.05) if args.alpha is None else args.alpha
     except LogError as error:
         sys.exit(f"compare.py: {error}")
-    failed = False
+    metric, alpha, failed = args.metric or plan.get("metric"), args.alpha or plan.get("alpha", 0.05), False
+    if not metric:
+        parser.error(f"--metric: name the one that decides, {', '.join(METRICS)}")
     for candidate, runs in list(variants.items())[1:]:
         try:
-            result = compare(variants["A"], runs, metric, alpha, candidate)
-            print(report(result), end="\n\n")
+            print(report(compare(variants["A"], runs, metric, alpha, candidate)), end="\n\n")
         except LogError as error:     # such as no finished run, which other candidates may have
             print(f"compare.py: {error}", file=sys.stderr)
             failed = True

@@ -19,6 +19,7 @@ import re
 import shlex
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import leaderboard
@@ -36,13 +37,15 @@ def day(run: Run) -> str:
 
 
 def change(variants: list[list[Run]]) -> str:
-    """Returns how the variants differ from the first: a line of Config, and a diff of the source where it differs."""
-    first, lines = variants[0][0], []
+    """Returns how the variants differ from the first: a line of Config for each, and a diff of each other source."""
+    first, lines, sources = variants[0][0], [], {}
     for other in (runs[0] for runs in variants[1:]):
         fields = changed([{**setting(run), "source": ""} for run in (first, other)])
         lines.append(f"# {leaderboard.title([first])} -> {leaderboard.title([other])}: {fields or 'the same Config'}")
-        names = [f"records/sources/{run.source_sha256[:12]}.py" for run in (first, other)]
-        diff = list(difflib.unified_diff(first.source.splitlines(), other.source.splitlines(), *names, lineterm=""))
+        sources[other.source_sha256] = other.source
+    for sha256, source in sources.items():
+        names = [f"records/sources/{one[:12]}.py" for one in (first.source_sha256, sha256)]
+        diff = list(difflib.unified_diff(first.source.splitlines(), source.splitlines(), *names, lineterm=""))
         lines += diff if len(diff) <= LONGEST_DIFF else [f"# {len(diff)} lines: diff -u {' '.join(names)}"]
     return "\n".join(lines) + "\n"
 
@@ -50,13 +53,10 @@ def change(variants: list[list[Run]]) -> str:
 def command(plan: Path) -> str:
     """Returns the command of an experiment, from its plan."""
     told = json.loads(plan.read_text(encoding="utf-8"))
-    words = ["python", "tools/ab.py", "logs/again", "--metric", told["metric"], "--seeds",
-             ",".join(map(str, told["seeds"]))]
-    for option in ("fields", "baseline"):
-        words += [f"--{option}", told[option]] if told[option] else []
-    for candidate in told["candidates"]:
-        words += ["--candidate", candidate]
-    return shlex.join(words)
+    seeds = ",".join(map(str, told["seeds"])) + ("," if len(told["seeds"]) == 1 else "")
+    words = ["python", "tools/ab.py", "logs/again", f"--metric={told['metric']}", f"--seeds={seeds}"]
+    words += [f"--{option}={told[option]}" for option in ("fields", "baseline") if told[option]]
+    return shlex.join([*words, *(f"--candidate={candidate}" for candidate in told["candidates"])])
 
 
 def readme(name: str, record: str, runs: list[Run], told: str, several: bool) -> str:
@@ -97,21 +97,21 @@ def keep(name: str, paths: list[Path], recipes: list[str], root: Path = ROOT) ->
     folder = root / "records" / record
     if folder.exists():
         raise LogError(f"{folder} exists, and a record is never overwritten; give another --name")
-    part = folder.with_name(f".{folder.name}")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    write_record(part, runs)
-    if plan:
-        shutil.copyfile(plan, part / "plan.json")
-    if len(variants) > 1:
-        (part / "change.diff").write_text(change(variants), encoding="utf-8")
-    plot.draw([run for run in runs if run.losses["train"]], part / "loss.png")
-    told = command(plan) if plan else f"{leaderboard.TO_WRITE} the command)"
-    (part / "README.md").write_text(readme(name, record, runs, told, len(variants) > 1), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as temporary:
+        part = Path(temporary) / "record"
+        part.mkdir()
+        write_record(part, runs)
+        if plan:
+            shutil.copyfile(plan, part / "plan.json")
+        if len(variants) > 1:
+            (part / "change.diff").write_text(change(variants), encoding="utf-8")
+        plot.draw(runs, part / "loss.png")
+        told = command(plan) if plan else f"{leaderboard.TO_WRITE} the command)"
+        (part / "README.md").write_text(readme(name, record, runs, told, len(variants) > 1), encoding="utf-8")
+        shutil.copytree(part, folder)
     (root / "records" / "sources").mkdir(exist_ok=True)
     for run in runs:
         (root / "records" / "sources" / f"{run.source_sha256[:12]}.py").write_text(run.source, encoding="utf-8")
-    part.rename(folder)
     leaderboard.update(root, write=True)
     return folder
 

@@ -52,20 +52,17 @@ def title(runs: list[Run]) -> str:
     return runs[0].recipe or runs[0].side or runs[0].name
 
 
-def comparable(runs: list[Run]) -> bool:
-    """Whether target, validation set and, as far as their logs say, the data are the track's."""
-    track = make_config(dict(track=runs[0].config["track"]))
-    same = all(run.config.get(name) == getattr(track, name) for run in runs for name in ("target", "val_tokens"))
-    return same and all(run.summary.get("data_comparable") is not False for run in runs)
-
-
 def has_place(runs: list[Run]) -> bool:
-    losses, seeds = finals(runs, 1), {run.config["seed"] for run in runs}
+    track, losses = make_config(dict(track=runs[0].config["track"])), finals(runs, 1)
     machines = {f"{run.hardware}{run.source_sha256}" for run in runs}
-    if not len(losses) == len(runs) == len(seeds) >= FEWEST_RUNS or len(machines) > 1 or not comparable(runs):
+    for run in runs:
+        same = all(run.config.get(name) == getattr(track, name) for name in ("target", "val_tokens"))
+        if not same or run.summary.get("data_comparable") is False:
+            return False
+    if not len(losses) == len(runs) == len({run.config["seed"] for run in runs}) >= FEWEST_RUNS:
         return False
-    below = stats.ttest_1samp(losses, runs[0].config["target"], alternative="less").pvalue
-    return THEN not in machines.pop() and below < ALPHA
+    below = stats.ttest_1samp(losses, track.target, alternative="less").pvalue
+    return len(machines) == 1 and THEN not in machines.pop() and below < ALPHA
 
 
 def ratio(runs: list[Run], baseline: list[Run]) -> float | None:
@@ -88,7 +85,8 @@ def ratio_to_adamw(runs: list[Run], record: list[list[Run]]) -> float | None:
 
 def table(rows: list[dict]) -> list[str]:
     heads = list(rows[0])
-    return [f"| {' | '.join(map(str, row))} |" for row in [heads, ["---"] * len(heads), *(r.values() for r in rows)]]
+    cells = [[" ".join(str(cell).split()).replace("|", "/") for cell in row.values()] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *cells]]
 
 
 def change_of(runs: list[Run], first: list[Run], link: str) -> str:
@@ -125,13 +123,12 @@ def leaderboard(root: Path, here: Path, track: str, most: str = "") -> list[str]
 
 def record(root: Path, here: Path, name: str, *words: str) -> list[str]:
     folder, fields = root / "records" / name, [word for word in words if word != "show"]
-    keys = words[:words.index("show")] if fields else ()
     variants, plan, rows = group(read_record(folder)), read_plan(folder), []
     if plan:
         variants.sort(key=lambda runs: runs[0].side)
-    first = variants[0]
-    shown = variants
+    first, shown = variants[0], variants
     if fields:
+        keys = fields[:words.index("show")] if "show" in words else fields
         values = {}
         for runs in variants:
             values.setdefault(tuple(runs[0].config.get(key) for key in keys), []).append(runs)
@@ -148,18 +145,12 @@ def record(root: Path, here: Path, name: str, *words: str) -> list[str]:
         if plan:
             times = ratio(runs, first)
             row["time / A's"] = f"{times:.2f}" if times else "-"
-            row[f"against A, by {plan['metric']}"] = verdict(first, runs, plan)
+            verdict = "-"
+            if runs is not first and done:
+                verdict = compare(first, runs, plan["metric"], plan["alpha"], runs[0].side).verdict
+            row[f"against A, by {plan['metric']}"] = verdict
         rows.append(row)
     return table(rows)
-
-
-def verdict(first: list[Run], runs: list[Run], plan: dict) -> str:
-    if runs is first:
-        return "-"
-    try:
-        return compare(first, runs, plan["metric"], plan["alpha"], runs[0].side).verdict
-    except LogError as error:
-        return f"inconclusive ({error})"
 
 
 # Files.
@@ -192,11 +183,6 @@ def update(root: Path, write: bool) -> list[str]:
             wrong.append(f"{path.relative_to(root)}: a table is not that of the runs; python tools/leaderboard.py")
             if write:
                 path.write_text(new, encoding="utf-8")
-    for folder in (path.parent for path in root.glob("records/*/*/runs.json")):
-        name = folder.relative_to(root / "records").as_posix()
-        readme = folder / "README.md"
-        if not readme.exists() or f"<!-- record {name}" not in readme.read_text(encoding="utf-8"):
-            wrong.append(f"records/{name}/README.md: has no table; write <!-- record {name} --> and {END}")
     return wrong
 
 

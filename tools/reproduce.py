@@ -4,13 +4,12 @@
     python tools/reproduce.py records/tiny/RECORD/RUN            # says what would run, and how this machine differs
     python tools/reproduce.py records/tiny/RECORD/RUN --run      # asks, runs it, compares the final losses
     python tools/reproduce.py logs/RUN --run --yes -- --num_steps 3       # without asking, and with other options
-    python tools/reproduce.py logs/RUN --out old_train_gpt.py    # writes the source
 
 The source runs as a program of yours, so read a stranger's first. It runs in this repository's folder, for its data,
 with as many processes and CPU threads as then, and its log goes to logs/reproduce_*. On the same hardware and threads
 the final loss is identical; elsewhere it should lie within three standard deviations of the mean of the runs that
-differ in the seed alone. Options after -- override the Config. The exit status is 0 where the loss is reproduced, or
-where options keep it from being compared.
+differ in the seed alone. Options after -- override the Config. With other options or other data the losses are not
+compared. The exit status is 0 where the loss is reproduced, or not compared.
 """
 
 import argparse
@@ -56,25 +55,6 @@ def options(config: dict) -> list[str]:
     return words
 
 
-def data_here(run: Run) -> dict[str, str]:
-    """Returns {option: what is wrong with its files here}, reading the shards that the run would read."""
-    config, wrong = run.config, {}
-    tokens = dict(train=config["num_steps"] * config["batch_tokens"], val=config["val_tokens"])
-    program = config.get("prepare") or train_gpt.make_config(dict(track=config["track"])).prepare
-    c = argparse.Namespace(**{**config, "prepare": program})
-    for split, recorded in (("train", run.train_sha256), ("val", run.val_sha256)):
-        option = f"{split}_files"
-        try:
-            here = train_gpt.Rows(option, config[option], c, tokens[split] // c.seq_len).sha256
-        except (train_gpt.RunError, OSError) as error:
-            wrong[option] = printable(str(error))
-            continue
-        if here != recorded:
-            wrong[option] = (f"{config[option]} has the sha256 {here}, the run's had {recorded}; python {program} "
-                             f"makes the track's data (the run had torch {run.torch})")
-    return wrong
-
-
 def judge(run: Run, new: Run) -> tuple[bool, str]:
     """Returns (whether the loss is reproduced, the comparison in words)."""
     facts = [{**setting(one), "seed": str(one.config["seed"]), "data": f"{one.train_sha256} {one.val_sha256}"}
@@ -109,14 +89,6 @@ def execute(command: list[str], environment: dict) -> int:
 
 def reproduce(args: argparse.Namespace, overrides: list[str]) -> int:
     run = find_run(args.run_path)
-    if args.out:
-        if args.out.exists():
-            raise LogError(f"--out {args.out} exists; name a new file")
-        args.out.write_text(run.source, encoding="utf-8")
-        print(f"source: {args.out}")
-        return 0
-
-    # What it was, and what is here.
     nproc = args.nproc or run.world_size or 1
     threads = re.search(r"x (\d+) threads of", run.hardware or "")
     shown = {}
@@ -130,9 +102,6 @@ def reproduce(args: argparse.Namespace, overrides: list[str]) -> int:
     for name, here in dict(hardware=f"{nproc} x {hardware}", torch=train_gpt.torch.__version__).items():
         then = getattr(run, name)
         print(f"{name}: {then}; here {'the same' if here == then else here}")
-    wrong = data_here(run)
-    for option in ("train_files", "val_files"):
-        print(f"{option}: {wrong.get(option, 'the same')}")
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
     words = [*options(run.config), *overrides]
     print("command:", *(f"{name}={value}" for name, value in shown.items()),
@@ -140,13 +109,10 @@ def reproduce(args: argparse.Namespace, overrides: list[str]) -> int:
     if not args.run:
         return 0
 
-    if wrong and not overrides:
-        raise LogError(f"the data are not the run's: {'; '.join(wrong.values())}; or name other files after --, and "
-                       "the loss is not compared")
     if not args.yes:
         if not sys.stdin.isatty():
-            raise LogError("this would run code from a log, and there is no terminal to ask on; read it (--out FILE), "
-                           "then give --yes")
+            raise LogError("this would run code from a log, and there is no terminal to ask on; read it, then give "
+                           "--yes")
         if input(f"Run this code from {run.path} on this machine? [y/N] ").strip().lower() not in ("y", "yes"):
             print("not run")
             return 1
@@ -166,12 +132,11 @@ def main():
     arguments = sys.argv[1:]
     middle = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="%(prog)s RUN [--run [--yes]] [--nproc N] [--out FILE] [-- OPTIONS]")
+                                     usage="%(prog)s RUN [--run [--yes]] [--nproc N] [-- OPTIONS]")
     parser.add_argument("run_path", type=Path, metavar="RUN", help="log, run folder, or RECORD/NAME")
     parser.add_argument("--run", action="store_true", help="run it, after a question")
     parser.add_argument("--yes", action="store_true", help="the answer to that question")
     parser.add_argument("--nproc", type=int, help="processes (default: as many as the run had)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the source here, and do nothing else")
     args = parser.parse_args(arguments[:middle])
     try:
         sys.exit(reproduce(args, arguments[middle + 1:]))

@@ -18,7 +18,9 @@ import hashlib
 import json
 import re
 import sys
+import zlib
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from statistics import fmean
 
@@ -28,7 +30,7 @@ DIVIDER = "=" * 100 + "\n"
 THEN = " then "                     # joins the values of a fact that a resume changed
 STEP = re.compile(r"^step:(\d+)/\d+ (.*)\n", re.MULTILINE)    # a line that a kill cut off does not count
 NAME = re.compile(r"\w[\w.-]*")     # of a track, a run or a record: what may become a path
-MOST_STEPS = 10**8
+MOST_STEPS, LARGEST_LOSS = 10**8, 1e6       # a run that diverged may also log inf or nan
 CURVE_POINTS = 80                   # of a training loss that a record keeps
 # Fields of Config that change neither the result nor its time, so that runs of one setting may differ in them.
 RUNS_OWN = {"seed", "prepare", "train_files", "val_files", "log_dir", "run_id", "resume", "val_every", "save_every",
@@ -37,6 +39,9 @@ RUNS_OWN = {"seed", "prepare", "train_files", "val_files", "log_dir", "run_id", 
 
 class LogError(Exception):
     """A log or record that cannot be used; the message names the file and the remedy."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 @dataclass(frozen=True)
@@ -100,12 +105,8 @@ class Run:
 
 
 def printable(text: str) -> str:
-    """Returns the text with '?' for control characters other than line ends and tabs."""
-    return re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", "?", text)
-
-
-def sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    """Returns the text with '?' for lone surrogates, and control characters other than line ends and tabs."""
+    return re.sub(r"[^\n\t\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]", "?", text)
 
 
 # Logs.
@@ -113,45 +114,40 @@ def sha256(text: str) -> str:
 def read_log(path: Path) -> Run:
     """Reads a log, or the log.txt of a run folder; raises LogError where it is no log, or damaged."""
     path = path / "log.txt" if path.is_dir() else path
-    shown = printable(str(path))
     try:
-        text = path.read_text(encoding="utf-8")
-        return parse_log(path, text)
+        return parse_log(path, path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise LogError(f"{shown} does not exist; give the folder or log of a run") from None
+        raise LogError(f"{path} does not exist; give the folder or log of a run") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise LogError(f"{shown} cannot be read ({error}); give the folder or log of a run") from None
+        raise LogError(f"{path} cannot be read ({error}); give the folder or log of a run") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = printable(str(error))[:200]
-        raise LogError(f"{shown} is no log of a run, or damaged ({reason}); leave it out") from None
+        raise LogError(f"{path} is no log of a run, or damaged ({str(error)[:200]}); leave it out") from None
 
 
 def parse_log(path: Path, text: str) -> Run:
     """Returns the run of a log; raises ValueError and the like where the text is none, or damaged."""
     # Several starts where the run was resumed. With "{" the words stand in a source.
     source, *starts = re.split(r"^run folder: (?!\{)", text, flags=re.MULTILINE)
+    starts = [re.split(r"^#!", start, flags=re.MULTILINE)[0] for start in starts]    # without a resume's source
     configs = re.findall(r"^config: (\{.*)$", "".join(starts), re.MULTILINE)
     if not configs:
         raise ValueError("it has no line `config:`")
     config = checked_config(json.loads(printable(configs[-1])))
     tail = printable(starts[-1]).rpartition("\nrun_id: ")
     summary = read_summary("run_id: " + tail[2]) if tail[1] else {}
-    # The facts stand before the first step; a summary, or a resume's source, may hold lines that look like them.
-    facts = printable("\n".join(re.split(r"\nstep:|\n#!|\nrun_id: ", start)[0] for start in starts))
+    # The facts stand before the first step; a summary may hold lines that look like them.
+    facts = printable("\n".join(re.split(r"\nstep:|\nrun_id: ", start)[0] for start in starts))
 
+    name = printable(path.absolute().parent.name if path.name == "log.txt" else path.stem)
     stated = fact(r"^source: sha256 ([0-9a-f]{64})\b", facts)
     source = source.removesuffix(DIVIDER) if source.endswith(DIVIDER) and stated else None
-    if source is not None and sha256(source) != stated.split(THEN)[0]:
+    if source is not None and hashlib.sha256(source.encode()).hexdigest() != stated.split(THEN)[0]:
         raise ValueError(f"the source in it is not the one that ran, of sha256 {stated}")
     return Run(
-        path, name_of(path), stated, fact(r"^source: sha256 \w+, git (\S+)$", facts), config,
+        path, name, stated, fact(r"^source: sha256 \w+, git (\S+)$", facts), config,
         fact(r"^versions: (.*)$", facts), fact(r"^hardware: (.*)$", facts), fact(r"^host: (.*)$", facts),
-        fact(r"^data sha256: train (\w+)", facts), fact(r"^data sha256: .*\bval (\w+)$", facts),
-        config["num_steps"], len(starts) > 1, summary, losses=read_losses(text), source=source)
-
-
-def name_of(path: Path) -> str:
-    return printable(path.absolute().parent.name if path.name == "log.txt" else path.stem)
+        fact(r"^data sha256: train (\w+)", facts), fact(r"^data sha256: .*\bval (\w+)$", facts), config["num_steps"],
+        len(starts) > 1, summary, losses=read_losses("".join(starts), config["num_steps"]), source=source)
 
 
 def checked_config(config: dict) -> dict:
@@ -170,7 +166,8 @@ def checked_config(config: dict) -> dict:
         value = config[name]
         if type(value) is not int or not 0 <= value <= most:
             raise ValueError(f"{name} {str(value)[:40]}: must be a whole number of at most {most:,}")
-    config["target"] = float(config["target"])
+    if not abs(config["target"]) < LARGEST_LOSS:
+        raise ValueError(f"target {config['target']}: must be a loss below {LARGEST_LOSS:g}")
     return config
 
 
@@ -190,7 +187,7 @@ def read_summary(text: str) -> dict:
     return summary
 
 
-def read_losses(text: str) -> dict:
+def read_losses(text: str, num_steps: int) -> dict:
     """Returns the losses as in Run; of two lines of a step, as after a resume, the later one counts."""
     losses = {"train": {}, "val": {}}
     for step, pairs in STEP.findall(text):
@@ -199,8 +196,15 @@ def read_losses(text: str) -> dict:
             if f"{kind}_loss" in values and "train_time" in values:
                 time = values["train_time"]
                 seconds = float(time[:-2]) / 1000 if time.endswith("ms") else float(time.removesuffix("s"))
-                losses[kind][int(step)] = (seconds, float(values[f"{kind}_loss"]))
+                losses[kind][int(step)] = checked_point(int(step), seconds, float(values[f"{kind}_loss"]), num_steps)
     return losses
+
+
+def checked_point(step: int, seconds: float, loss: float, num_steps: int) -> tuple[float, float]:
+    """Returns (seconds, loss); raises ValueError where no run can have them at this step."""
+    if not 0 <= step <= num_steps or not 0 <= seconds < inf or loss < -LARGEST_LOSS or LARGEST_LOSS < loss < inf:
+        raise ValueError(f"step {step} of {num_steps}: loss {loss} after {seconds} s, which no run has")
+    return seconds, loss
 
 
 # Records.
@@ -214,9 +218,10 @@ def thinned(run: Run) -> dict:
     """Returns {"train" or "val": [[step, seconds, loss], ...]}; a training loss is the mean since the one before."""
     points, waiting = [], []
     every = max(1, run.num_steps // CURVE_POINTS)
+    last = max(run.losses["train"], default=0)
     for step, (seconds, loss) in sorted(run.losses["train"].items()):
         waiting.append(loss)
-        if step % every == 0 or step == max(run.losses["train"]):
+        if step % every == 0 or step == last:
             points.append([step, round(seconds, 3), round(fmean(waiting), 5)])
             waiting = []
     return dict(train=points, val=[[step, *pair] for step, pair in sorted(run.losses["val"].items())])
@@ -244,33 +249,32 @@ def read_record(folder: Path) -> list[Run]:
     """Reads the runs that a record keeps, with its sources where they are there; raises LogError."""
     try:
         kept = json.loads((folder / "runs.json").read_text(encoding="utf-8"))
-        curves = {}
-        if (folder / "curves.json.gz").exists():
-            curves = json.loads(gzip.decompress((folder / "curves.json.gz").read_bytes()))
+        curves = json.loads(gzip.decompress((folder / "curves.json.gz").read_bytes()))
         runs = []
         for own in kept["runs"]:
             facts = {**kept["common"], **own}
             facts["config"] = checked_config({**kept["common"]["config"], **own["config"]})
             if not NAME.fullmatch(facts["name"]):
                 raise ValueError(f"a run is named {facts['name']!r}")
-            losses = {kind: {step: (seconds, loss) for step, seconds, loss in points}
-                      for kind, points in curves[facts["name"]].items()}
+            for name in facts.keys() - {"config", "num_steps", "resumed", "summary"}:
+                facts[name] = facts[name] and printable(facts[name])
+            curve, num_steps = curves[facts["name"]], facts["config"]["num_steps"]
+            losses = {kind: {step: checked_point(step, *rest, num_steps) for step, *rest in curve[kind]}
+                      for kind in ("train", "val")}
             source = kept_source(folder.absolute(), facts["source_sha256"])
             runs.append(Run(path=folder / facts["name"], losses=losses, source=source, **facts))
         return runs
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise LogError(f"{folder} holds no whole record ({printable(str(error))[:200]}); restore it: git checkout "
-                       f"{folder}") from None
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise LogError(f"{folder} holds no whole record ({str(error)[:200]}); restore it with git checkout") from None
 
 
 @functools.cache
 def kept_source(folder: Path, stated: str | None) -> str | None:
-    """Returns the source from the folder `sources` above the record; None where it is not kept; raises LogError where
-    it was edited."""
+    """Returns the source from `sources` above the record, None if it is not kept there; raises LogError if edited."""
     for path in (above / "sources" / f"{str(stated)[:12]}.py" for above in folder.parents):
         if path.exists():
             source = path.read_text(encoding="utf-8")
-            if sha256(source) != stated.split(THEN)[0]:
+            if hashlib.sha256(source.encode()).hexdigest() != stated.split(THEN)[0]:
                 raise LogError(f"{path} was edited: its sha256 is not {stated}; restore it: git checkout {path}")
             return source
     return None
@@ -285,7 +289,7 @@ def logs_of(path: Path) -> list[Path]:
     logs = [log for log in sorted(path.rglob("log.txt")) if "aside" not in log.relative_to(path).parts]
     logs = logs or sorted(path.glob("*.txt"))
     if not logs:
-        raise LogError(f"{printable(str(path))} holds no log of a run; give a run folder, a log, or a record")
+        raise LogError(f"{path} holds no log of a run; give a run folder, a log, or a record")
     return logs
 
 
@@ -300,7 +304,7 @@ def find_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:
         if (path.parent / "runs.json").exists() and not path.exists():
             kept = [run for run in read_record(path.parent) if run.name == path.name]
             if not kept:
-                raise LogError(f"{path.parent} keeps no run {printable(path.name)}; its runs.json names those it keeps")
+                raise LogError(f"{path.parent} keeps no run {path.name}; its runs.json names those it keeps")
             runs += kept
         elif (path / "runs.json").exists():
             runs += read_record(path)
@@ -311,8 +315,8 @@ def find_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:
                 except LogError as error:
                     bad.append(str(error))
     if not runs:
-        raise LogError("\n".join(bad))
-    return runs, bad
+        raise LogError("\n".join(bad) or "no run is given; give the folder or log of one, or a record")
+    return list({run.path.resolve(): run for run in runs}.values()), list(dict.fromkeys(bad))
 
 
 def setting(run: Run) -> dict[str, str]:
@@ -332,5 +336,5 @@ def group(runs: list[Run]) -> list[list[Run]]:
     """Groups runs of one setting, in the order of their first runs."""
     groups = {}
     for run in runs:
-        groups.setdefault(tuple(setting(run).items()), []).append(run)
+        groups.setdefault(tuple(sorted(setting(run).items())), []).append(run)
     return list(groups.values())
