@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
 """Times the loader of train_gpt.py: the share of training that waits for it, and its tokens/s against a plain copy.
 
-    python bench/loader.py                          # training is of tiny, 200 steps; about a minute
-    python bench/loader.py small --num_steps 50     # or with these options of train_gpt.py
+    python bench/loader.py small --num_steps 50     # options of train_gpt.py; default: tiny, 200 steps, about a minute
 
-The plain copy makes the same tensors from known rows of one memory-mapped file. The tokens are random.
+The plain copy makes the same tensors of random tokens from rows in memory, which are known in advance.
 """
 
 import argparse
@@ -22,14 +21,12 @@ from shards import ShardWriter  # noqa: E402
 
 import train_gpt  # noqa: E402
 
-ROUNDS = 7      # of which the first warms up
 CASES = [("tiny, 1 process", 256, 1024, 1), ("small, 1 of 8 ranks", 1024, 524_288, 8),
          ("small, 1 process", 1024, 524_288, 1)]     # tokens of a row, tokens of a step, ranks
 
 
 def within_training(options: list[str]) -> None:
     waits, load_batches = [], train_gpt.load_batches
-
     def timed(*arguments):
         loader = load_batches(*arguments)
         while True:
@@ -51,14 +48,12 @@ def alone(folder: str, tokens: int, seq_len: int, step_tokens: int, num_ranks: i
         shard.write(np.random.default_rng(0).integers(0, 50257, size=tokens).astype("<u2"))
     c = argparse.Namespace(seq_len=seq_len, vocab_size=50257, prepare="")
     rows = train_gpt.Rows("train_files", f"{folder}/train.bin", c, 10**9)
-    np.save(f"{folder}/rows.npy", rows.read(range(rows.count)).numpy())
-    known_rows = np.load(f"{folder}/rows.npy", mmap_mode="c")
-
+    known_rows = rows.read(range(rows.count)).numpy()
     share = step_tokens // seq_len // num_ranks
     starts = list(range(0, rows.count * num_ranks + 1, share * num_ranks))
     order = train_gpt.training_order(rows.count, 0, range(starts[-1]))
     seconds = []
-    for _ in range(ROUNDS):
+    for _ in range(7):     # the first warms up
         started = time.perf_counter()
         num_rows = sum(map(len, train_gpt.load_batches(rows, starts, 0, torch.device("cpu"))))
         between = time.perf_counter()

@@ -78,10 +78,14 @@ def main():
     folder = args.data_dir or Path(__file__).parent / f"{args.dataset}10B"
     names = [f"{args.dataset}_train_{i:06d}.bin" for i in range(1, args.num_shards + 1)]
     missing = [name for name in [f"{args.dataset}_val_000000.bin", *names] if not is_good(folder / name)]
-    if missing:
-        with FileLock(folder / ".lock"):        # which makes the folder
-            fetch_all([name for name in missing if not is_good(folder / name)], f"kjj0/{args.dataset}10B-gpt2", folder)
-            shutil.rmtree(folder / ".part", ignore_errors=True)
+    try:
+        if missing:
+            with FileLock(folder / ".lock"):        # which makes the folder
+                missing = [name for name in missing if not is_good(folder / name)]
+                fetch_all(missing, f"kjj0/{args.dataset}10B-gpt2", folder)
+                shutil.rmtree(folder / ".part", ignore_errors=True)
+    except OSError as error:
+        sys.exit(f"fineweb.py: --data_dir {folder}: {error}; name a folder that can be written to")
     print(f"{folder}: the validation shard and {args.num_shards} training shards are there")
 
 
