@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The GPU checks of bench/README.md, on one GPU, in parts of under 10 minutes each, with no network:
 #   bench/gpu.sh tests       the tests marked cuda
-#   bench/gpu.sh small       50 steps of the small track on local text: tokens/s, MFU, memory, compile seconds
+#   bench/gpu.sh small       50 steps of the small track on local text: tokens/s, memory, compile seconds
 #   bench/gpu.sh optimizers  a step of each optimizer on the 124M model's matrices, and the state it takes
 #   bench/gpu.sh all         all of them
 # PYTHON names the interpreter (default: python3; torch 2.11 or newer), OUT a folder for the logs (default: logs/gpu).
@@ -26,7 +26,6 @@ small() {
     "$python" train_gpt.py small --num_steps 50 --cooldown_steps 20 --val_every 0 --val_tokens 524288 \
         --train_files 'data/site_packages/train_*.bin' --val_files 'data/site_packages/val_*.bin' \
         --log_dir "$out" "${@:2}"
-    "$python" bench/mfu.py "$(ls -td "$out"/*/ | head -n 1)"
 }
 
 optimizers() {

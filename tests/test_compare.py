@@ -12,7 +12,7 @@ import pytest
 import runs
 from conftest import ROOT
 from scipy import stats
-from test_runs import log_text, run_tool, write
+from test_runs import run_tool, write
 
 
 @pytest.fixture(scope="module")
@@ -34,25 +34,6 @@ def make(template):
 
 # Statistics.
 
-def theoretical_power(n: int, effect: float, alpha: float = 0.05) -> float:
-    """Of the two-sided, two-sample t-test with n numbers a sample and a difference of `effect` standard deviations."""
-    critical = stats.t.ppf(1 - alpha / 2, 2 * n - 2)
-    power = stats.nct(2 * n - 2, effect * np.sqrt(n / 2))
-    return power.sf(critical) + power.cdf(-critical)
-
-
-@pytest.mark.parametrize("effect, sign", [(1, -1), (2, 1), (3, -1)])
-def test_power(make, effect, sign):
-    """300 comparisons of 6 runs with 6: the share decided has a standard error of at most 3 points."""
-    random, words = np.random.default_rng(effect), {-1: "faster", 1: "slower"}
-    decisions = []
-    for _ in range(300):
-        a, b = random.normal(3.28, 0.002, 6), random.normal(3.28 + sign * effect * 0.002, 0.002, 6)
-        decisions.append(compare.compare(make("a", a), make("b", b), "final_loss").decision)
-    assert decisions.count(words[sign]) / 300 == pytest.approx(theoretical_power(6, effect), abs=0.06)
-    assert decisions.count(words[-sign]) <= 1
-
-
 def test_p_agrees_with_a_permutation_test(make):
     """All 12,870 ways to deal 16 losses to two variants; the share whose difference is as large."""
     random = np.random.default_rng(0)
@@ -64,26 +45,18 @@ def test_p_agrees_with_a_permutation_test(make):
         sums = losses[halves].sum(1)
         p = np.mean(np.abs(2 * sums - losses.sum()) >= abs(a.sum() - b.sum()) - 1e-12)
         seen.append(p)
-        assert compare.compare(make("a", a), make("b", b), "final_loss").p == pytest.approx(p, abs=0.02)
+        result = compare.compare(make("a", a), make("b", b), "final_loss")
+        assert result.p == pytest.approx(p, abs=0.02) and (result.decision != "inconclusive") == (result.p < 0.05)
+        assert result.difference == pytest.approx(b.mean() - a.mean())
+        assert result.low < result.difference < result.high and (result.low > 0) == (result.decision == "slower")
     assert min(seen) < 0.01 and max(seen) > 0.3
 
 
-def test_confidence_interval_covers(make):
-    """1,000 intervals at 90%, of other sizes and stds: the share that covers has a standard error of 1 point."""
-    random = np.random.default_rng(1)
-    intervals = [compare.t_test(random.normal(0, 1, 5), random.normal(2, 3, 8), alpha=0.1) for _ in range(1000)]
-    assert np.mean([low <= 2 <= high for low, high, _ in intervals]) == pytest.approx(0.9, abs=0.035)
-    a, b = random.normal(3.28, 0.002, 5), random.normal(3.28, 0.001, 8)
-    result = compare.compare(make("a", a), make("b", b), "final_loss")
-    assert result.low < result.difference < result.high and result.difference == pytest.approx(b.mean() - a.mean())
-
-
 def test_runs_needed(make):
-    """As many as a textbook says, and with the number that it names 80% of simulated experiments find the effect."""
+    """As many as tables say, 17 for 1 std (Cohen, 1988), and 80% of simulated experiments then find the effect."""
     random = np.random.default_rng(2)
     result = compare.compare(make("a", [3.270, 3.271, 3.272]), make("b", [3.271, 3.272, 3.273]), "final_loss")
-    textbook = next(n for n in range(2, 99) if theoretical_power(n, 1) >= 0.8)
-    assert result.needed.startswith(f"about {textbook - 3} more runs of each")
+    assert result.needed.startswith(f"about {17 - 3} more runs of each")
     few = [0.0, 1.0, 2.0, 3.0], [0.5, 1.5, 3.0, 6.0]     # of stds 1.3 and 2.4
     words = compare.words_needed([*few], 1.25, 0.5, 0.05, "runs")
     n = 4 + int(re.match(r"about (\d+) more runs", words)[1])
@@ -293,9 +266,3 @@ def test_bad_input(experiment, main, tmp_path):
             ([a, "vs", unfinished, "--metric", "final_loss"], "B has no finished run (given: killed)"),
             ([unfinished, "vs", unfinished, "--metric", "final_loss", "--alpha", "5"], "alpha 5.0: must lie between")):
         assert words in main(*arguments)
-
-
-def test_a_damaged_log_in_an_experiment_is_told(experiment, main):
-    (experiment / "01_B_seed1" / "log.txt").write_text(log_text(lr=0.003).replace("val_loss:3.27", "val_loss:x"))
-    printed = main(experiment)
-    assert "left out, and so not counted: " in printed and "verdict: inconclusive (void: runs left out)" in printed

@@ -67,17 +67,6 @@ def test_bad_command_lines(track, option, value, words, text, tmp_path, capsys):
     assert not list(tmp_path.rglob("log.txt"))
 
 
-def test_command_line():
-    assert train_gpt.parse_command_line(["tiny", "--lr", "0.5", "--num_steps=3", "--compile", "on"]) == dict(
-        track="tiny", lr=0.5, num_steps=3, compile="on")
-
-
-def test_a_new_track_is_one_entry(monkeypatch):
-    monkeypatch.setitem(train_gpt.TRACKS, "new", dict(num_layers=6, num_steps=100))
-    c = train_gpt.make_config(train_gpt.parse_command_line(["new", "--num_heads", "4"]))
-    assert (c.track, c.num_layers, c.num_heads, c.seq_len) == ("new", 6, 4, train_gpt.Config().seq_len)
-
-
 @pytest.mark.upstream
 def test_schedules():
     """End points and monotony; a run that is shorter than the cool-down cools down over all of it."""

@@ -15,7 +15,7 @@ import leaderboard
 import pytest
 import reproduce
 import runs
-from conftest import ROOT, SMALL, train
+from conftest import ROOT, SMALL, losses, train
 from test_runs import log_text, write
 
 RECORDS = sorted(path.parent for path in ROOT.glob("records/*/**/runs.json"))
@@ -180,18 +180,12 @@ def again(record, monkeypatch, capfd):
     return again
 
 
-def test_reproduce_shows_what_it_would_run(record, again):
-    sha256 = hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()
-    status, out = again(record / "one")
-    assert status == 0 and f"source: sha256 {sha256}, as recorded" in out and "hardware: 1 x " in out
-    assert "--lr=1e-07 " in out and "--grad_clip=0.5 " in out and "--log_dir" not in out and "torch: " in out
-    two = again(record / "one", "--nproc", 2)[1]
-    assert re.search(r"^hardware: 1 x .*; here 2 x \d+ threads of ", two, re.M) and "--nproc_per_node=2" in two
-
-
 def test_reproduce_asks_and_refuses(record, again, tmp_path, monkeypatch):
     """What is not verified does not run, nor does anything without a yes."""
     monkeypatch.setattr(reproduce, "execute", lambda *_: pytest.fail("code from a log ran"))
+    status, out = again(record / "one", "--nproc", 2)
+    assert status == 0 and re.search(r"^hardware: 1 x .*; here 2 x \d+ threads of ", out, re.M)
+    assert "--lr=1e-07 " in out and "--nproc_per_node=2" in out and "--log_dir" not in out and "torch: " in out
     assert "no terminal to ask on" in again(record / "one", "--run")[0]
     for answer in ("n", ""):
         status, out = again(record / "one", "--run", answer=answer)
@@ -213,6 +207,7 @@ def test_reproduce_runs_the_recorded_source_with_the_recorded_config(record, aga
     assert new.config == {**then.config, "log_dir": str(folder), "run_id": "run"}
     assert new.source_sha256 == then.source_sha256
     assert new.losses["val"].keys() == {1, 2} and new.final[1] == then.final[1]
+    assert all(f"{new.losses[kind][step][1]:.6f}" == loss for (kind, step), loss in losses(folder / "run").items())
     assert status == 0 and "reproduced: yes, identical" in out
 
 

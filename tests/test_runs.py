@@ -4,7 +4,6 @@ import dataclasses
 import gzip
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import runs
-from conftest import ROOT, SMALL, losses, train
+from conftest import ROOT
 
 CONFIG = dict(track="tiny", train_files="data/train_*.bin", val_tokens=2048, target=3.28, batch_tokens=512, lr=0.002,
               num_steps=20, seed=0, log_dir="logs", run_id="")
@@ -50,26 +49,11 @@ def write(folder: Path, *args, text: str | None = None, **options) -> Path:
 
 
 def run_tool(name: str, *arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / "tools" / name), *map(str, arguments)], capture_output=True,
-                          text=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, ROOT / "tools" / name, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100)
 
 
 # Logs.
-
-def test_a_log_of_the_trainer(tmp_path, text):
-    """All that a run says of itself, read back from the log that it wrote."""
-    assert train("tiny", *text, *SMALL, "--seed", 7, "--log_dir", tmp_path, "--run_id", "one", "--val_every", 10) == 0
-    run = runs.read_log(tmp_path / "one")
-    source = (ROOT / "train_gpt.py").read_text()
-    assert run.source == source and run.source_sha256 == hashlib.sha256(source.encode()).hexdigest()
-    assert (run.name, run.num_steps, run.config["seed"], run.resumed) == ("one", 20, 7, False)
-    assert run.finished and run.summary["run_id"] == "one" and run.world_size == 1
-    assert f"{run.final[1]:.6f}" == losses(tmp_path / "one")["val", 20]
-    assert {("val", step) for step in run.losses["val"]} | {("train", step) for step in run.losses["train"]} == set(
-        losses(tmp_path / "one"))
-    assert re.fullmatch(r"1 x 1 threads of .+", run.hardware) and run.torch == runs.read_log(tmp_path / "one").torch
-    assert run.final[0] == pytest.approx(run.summary["train_seconds"], abs=0.01)
-
 
 def test_resumed_log(tmp_path):
     """The later of two lines of a step counts; what the resume changed makes the run equal to no other."""
@@ -95,11 +79,12 @@ step:20/20 train_time:9000ms val_loss:3"""))
 
 def test_facts_that_stand_in_the_source_too(tmp_path):
     """A source whose text has lines as a log has, in a run that was stopped and resumed."""
-    source = 'log(f"""\nrun folder: {x}\nhardware: {y}\nversions: torch 1\nconfig: {"a": 1}\nrun_id: {z}""")\n'
+    source = ('log(f"""\nrun folder: {x}\nhardware: {y}\nversions: torch 1\nconfig: {"a": 1}\nrun_id: {z}\n'
+              'step:3/20 train_loss:1 train_time:1ms\n""")\n')
     text = log_text(source=source, steps=5) + log_text(source="#!x\n" + source, steps=5)
     run = runs.read_log(write(tmp_path / "run", text=text))
     assert (run.hardware, run.torch, run.config["lr"]) == ("8 x NVIDIA H100", "2.13.0+cu128", 0.002)
-    assert run.resumed and run.summary == {} and run.source == source
+    assert run.resumed and run.summary == {} and run.source == source and run.losses["train"][3][1] == 8.25
 
 
 BAD = {
@@ -183,60 +168,54 @@ def test_paths_that_hold_nothing(tmp_path):
 
 # Records.
 
-def test_a_record_holds_what_a_log_said(tmp_path):
-    """All facts of a run, its validation losses, and its training loss as means, whatever state the run is in."""
-    texts = dict(one=log_text(), two=log_text(3.26, seed=1, lr=0.003), killed=log_text(steps=7, seed=2),
-                 started=log_text().split("step:1/")[0], long=log_text(num_steps=1000, seed=3),
-                 resumed=log_text(steps=12) + log_text(hardware="1 x other"))
+TEXTS = dict(one=log_text(), two=log_text(3.26, seed=1, lr=0.003), killed=log_text(steps=7, seed=2),
+             started=log_text().split("step:1/")[0], long=log_text(num_steps=1000, seed=3),
+             resumed=log_text(steps=12) + log_text(hardware="1 x other"))
+
+
+@pytest.fixture
+def record(tmp_path) -> Path:
+    """A record of runs in every state, and their source beside it; the logs are in logs/."""
     logs = [dataclasses.replace(runs.read_log(write(tmp_path / "logs" / name, text=text)), recipe="x")
-            for name, text in texts.items()]
-    record = tmp_path / "records" / "tiny" / "some"
+            for name, text in TEXTS.items()]
+    record, sources = tmp_path / "records" / "tiny" / "some", tmp_path / "records" / "sources"
     record.mkdir(parents=True)
-    (tmp_path / "records" / "sources").mkdir()
-    (tmp_path / "records" / "sources" / f"{logs[0].source_sha256[:12]}.py").write_text(logs[0].source)
+    sources.mkdir()
+    (sources / f"{logs[0].source_sha256[:12]}.py").write_text(logs[0].source)
     runs.write_record(record, logs)
+    return record
+
+
+def test_a_record_holds_what_a_log_said(record):
+    """All facts of a run, its validation losses, and its training loss as means."""
     kept = runs.read_record(record)
-    for run, log in zip(kept, logs, strict=True):
-        assert dataclasses.replace(run, path=log.path, losses={}) == dataclasses.replace(log, losses={})
+    for run in kept:
+        log = dataclasses.replace(runs.read_log(record.parents[2] / "logs" / run.name), recipe="x", path=run.path)
+        assert dataclasses.replace(run, losses={}) == dataclasses.replace(log, losses={})
         assert run.losses["val"] == log.losses["val"] and run.finished == log.finished
-    assert kept[0].losses["train"] == log_losses(logs[0])
+    assert kept[0].losses["train"] == {step: (round(5 * step, 3), 9 - step / 4) for step in range(1, 21)}
     curve = kept[4].losses["train"]
-    assert 40 < len(curve) <= 101 and max(curve) == 1000
-    steps = sorted(curve)
-    assert curve[steps[1]][1] == pytest.approx(9 - sum(range(steps[0] + 1, steps[1] + 1)) / (steps[1] - steps[0]) / 4)
+    first, second, *_ = steps = sorted(curve)
+    assert 40 < len(steps) <= 101 and steps[-1] == 1000
+    assert curve[second][1] == pytest.approx(9 - (first + 1 + second) / 2 / 4)     # of the steps after the first
     assert runs.find_runs([record / "two"])[0] == [kept[1]] and runs.find_runs([record])[0] == kept
     with pytest.raises(runs.LogError, match="keeps no run three"):
         runs.find_runs([record / "three"])
 
 
-def log_losses(run: runs.Run) -> dict:
-    return {step: (round(seconds, 3), round(loss, 5)) for step, (seconds, loss) in run.losses["train"].items()}
-
-
 @pytest.mark.parametrize("change", [
     dict(name="../x"), dict(name="--run"), dict(config={"track": "../x"}), dict(config={"num_steps": -1}),
-    dict(recipe=[1]), dict(name="other"), dict(losses=1), dict(source_sha256=5), "cut"])
-def test_an_edited_record_is_refused(tmp_path, change):
-    record = tmp_path / "records" / "tiny" / "some"
-    record.mkdir(parents=True)
-    runs.write_record(record, [runs.read_log(write(tmp_path / "logs" / "one"))])
-    assert [run.name for run in runs.read_record(record)] == ["one"]
-    kept = json.loads((record / "runs.json").read_text())
-    if change == "cut":
+    dict(recipe=[1]), dict(name="other"), dict(losses=1), "curves", "source"])
+def test_an_edited_record_is_refused(record, change):
+    kept, words = json.loads((record / "runs.json").read_text()), "holds no whole record .*; restore it"
+    if change == "curves":
         (record / "curves.json.gz").write_bytes(gzip.compress(b'{"one": '))
+    elif change == "source":
+        words = "was edited: its sha256 is not"
+        (source,) = record.parents[1].glob("sources/*")
+        source.write_text(source.read_text() + "print('evil')\n")
     else:
         kept["runs"][0].update(change)
-    (record / "runs.json").write_text(json.dumps(kept))
-    with pytest.raises(runs.LogError, match="holds no whole record .*; restore it"):
-        runs.read_record(record)
-
-
-def test_an_edited_source_is_refused(tmp_path):
-    record, run = tmp_path / "records" / "tiny" / "some", runs.read_log(write(tmp_path / "logs" / "one"))
-    record.mkdir(parents=True)
-    runs.write_record(record, [run])
-    sources = tmp_path / "records" / "sources"
-    sources.mkdir()
-    (sources / f"{run.source_sha256[:12]}.py").write_text(run.source + "print('evil')\n")
-    with pytest.raises(runs.LogError, match="was edited: its sha256 is not"):
+        (record / "runs.json").write_text(json.dumps(kept))
+    with pytest.raises(runs.LogError, match=words):
         runs.read_record(record)

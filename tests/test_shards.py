@@ -1,6 +1,7 @@
-"""The shard format under damage, and the commands of data/shards.py."""
+"""The shard format, against one written down again with struct, under damage, and against the trainer's reader."""
 
 import base64
+import contextlib
 import hashlib
 import random
 import struct
@@ -13,171 +14,87 @@ import pytest
 import shards
 from conftest import ROOT
 
+import train_gpt
+
 
 def raw_shard(tokens, vocab_size=257, checksum=True) -> bytes:
-    """The format written down again, with struct."""
     data = struct.pack(f"<{len(tokens)}H", *tokens)
-    header = struct.pack("<iiiiI", 20240520, 1, len(tokens), 0 if vocab_size == 50257 else vocab_size,
-                         zlib.crc32(data) if checksum else 0)
-    return header.ljust(1024, b"\0") + data
+    fields = 20240520, 1, len(tokens), vocab_size % 50257, zlib.crc32(data) if checksum else 0
+    return struct.pack("<iiiiI", *fields).ljust(1024, b"\0") + data
 
 
-def command(capsys, *arguments) -> tuple[int, str, str]:
+def command(capsys, *arguments) -> tuple[int, str]:
     with pytest.raises(SystemExit) as stop:
         shards.main([str(argument) for argument in arguments])
-    return int(stop.value.code or 0), *capsys.readouterr()
+    return int(stop.value.code), capsys.readouterr().out
 
 
-@pytest.fixture
-def few_at_once(monkeypatch):
-    """A chunk is smaller than the shards of these tests."""
-    monkeypatch.setattr(shards, "CHUNK_TOKENS", 7)
+@pytest.mark.parametrize("vocab_size", [257, 50257])
+@pytest.mark.parametrize("num_tokens", [0, 1, 9, 10, 11, 30, 34])
+def test_what_is_written_is_read_again_here_and_by_the_trainer(tmp_path, num_tokens, vocab_size):
+    tokens = np.random.default_rng(num_tokens).integers(0, vocab_size, size=num_tokens).astype("<u2")
+    with shards.SeriesWriter(tmp_path, "part", vocab_size, 10) as series:
+        for start in range(0, num_tokens, 13):
+            series.write(tokens[start:start + 13])
+    assert series.num_tokens == num_tokens and len(series.paths) == -(-num_tokens // 10)
+    for number, path in enumerate(series.paths):
+        piece = tokens[10 * number:10 * number + 10].tolist()
+        assert path.read_bytes() == raw_shard(piece, vocab_size)
+        assert shards.read_shard(path)[0].tolist() == train_gpt.open_shard(str(path), vocab_size).tolist() == piece
+    with pytest.raises(shards.ShardError, match="token 9"), shards.SeriesWriter(tmp_path / "no", "x", 9, 2) as series:
+        series.write(np.array([1, 2, 9], dtype="<u2"))
+    assert [path.name for path in (tmp_path / "no").iterdir()] == ["x_000000.bin"]      # and no part of another
 
 
-def test_damage_is_a_shard_error_or_changes_nothing(tmp_path, few_at_once):
+def test_damage_is_an_error_or_changes_nothing(tmp_path):
+    """The trainer refuses the same files, but for a token that changed within the vocabulary: it reads no checksum."""
     rng = random.Random(0)
     tokens = [rng.randrange(257) for _ in range(40)]
     good, path = raw_shard(tokens), tmp_path / "a.bin"
-    extremes = [-2**31, -1, 0, 1, 256, 65536, 65537, 2**30, 2**31 - 1]
-    damaged = [good[:4 * field] + struct.pack("<i", value) + good[4 * field + 4:]
-               for field in range(5) for value in extremes]
+    damaged = [good[:4 * field] + struct.pack("<i", value) + good[4 * field + 4:] for field in range(5)
+               for value in (-2**31, -1, 0, 1, 256, 65536, 65537, 2**30, 2**31 - 1)]
     damaged += [good[:rng.randrange(len(good))] for _ in range(50)] + [good + b"\0", good + b"\0\0"]
-    for _ in range(400):
-        at = rng.choice([rng.randrange(20), rng.randrange(1024, len(good))])
-        damaged.append(good[:at] + bytes([rng.randrange(256)]) + good[at + 1:])
+    places = [rng.choice([rng.randrange(20), rng.randrange(1024, len(good))]) for _ in range(400)]
+    damaged += [good[:at] + bytes([rng.randrange(256)]) + good[at + 1:] for at in places]
     num_refused = 0
     for data in damaged:
         path.write_bytes(data)
         try:
-            read = shards.read_shard(path)
+            read, vocab_size = shards.read_shard(path)
             stated = struct.unpack("<iiiiI", data[:20])
-            assert (read[0].tolist(), stated[3] or 50257) == (tokens, read[1])
+            assert (read.tolist(), stated[3] or 50257) == (tokens, vocab_size)
             assert data[:20] == good[:20] or stated[3] != 257 or stated[4] == 0     # all that a reader cannot tell
+            assert train_gpt.open_shard(str(path), vocab_size).tolist() == tokens
         except shards.ShardError as error:
             num_refused += 1
             assert str(path) in str(error) and "delete it" in str(error)
+            with contextlib.nullcontext() if "checksum" in str(error) else pytest.raises(train_gpt.RunError):
+                train_gpt.open_shard(str(path), 257)
     assert num_refused > 300
-    for vocab_size, checksum, message in ((257, 5, "checksum"), (-1, 0, "vocabulary of -1")):     # without a token
-        path.write_bytes(struct.pack("<iiiiI", 20240520, 1, 0, vocab_size, checksum).ljust(1024, b"\0"))
-        with pytest.raises(shards.ShardError, match=message):
-            shards.read_shard(path)
 
 
-def test_series_ends_each_shard_at_its_size(tmp_path):
-    for num_tokens in (0, 1, 9, 10, 11, 30, 34):
-        folder, tokens = tmp_path / str(num_tokens), np.arange(num_tokens, dtype="<u2")
-        with shards.SeriesWriter(folder, "part", 257, 10) as series:
-            for start in range(0, num_tokens, 13):
-                series.write(tokens[start:start + 13])
-        assert series.num_tokens == num_tokens
-        found = [path.read_bytes() for path in sorted(folder.glob("*"))]
-        assert found == [raw_shard(range(start, min(start + 10, num_tokens))) for start in range(0, num_tokens, 10)]
-    with pytest.raises(shards.ShardError, match="token 9"), shards.SeriesWriter(tmp_path / "no", "x", 9, 2) as series:
-        series.write(np.array([1, 2, 3, 4, 9], dtype="<u2"))
-    assert list((tmp_path / "no").iterdir()) == []
-
-
-def test_merge_of_split_is_the_identity(tmp_path, capsys, few_at_once):
-    path, original = tmp_path / "a.bin", raw_shard([i % 257 for i in range(100)])
-    path.write_bytes(original)
-    assert command(capsys, "split", path, "--tokens", 33, "--out", tmp_path / "pieces")[0] == 0
-    pieces = sorted((tmp_path / "pieces").iterdir())
-    assert [piece.name for piece in pieces] == [f"a_{i:06d}.bin" for i in range(4)]
-    assert [len(shards.read_shard(piece)[0]) for piece in pieces] == [33, 33, 33, 1]
-    code, out, _ = command(capsys, "merge", *pieces, "--out", tmp_path / "b.bin")
-    assert code == 0 and (tmp_path / "b.bin").read_bytes() == original
-    assert hashlib.sha256(original).hexdigest() in out
-    for again, name in ((("split", path, "--tokens", 50, "--out", tmp_path / "pieces"), "a_000000.bin"),
-                        (("merge", *pieces, "--out", tmp_path / "b.bin"), "b.bin")):
-        code, _, err = command(capsys, *again)
-        assert code == 1 and f"{name}: is there" in err
-    assert (tmp_path / "b.bin").read_bytes() == original and sorted((tmp_path / "pieces").iterdir()) == pieces
-
-
-def test_what_cannot_be_merged_or_split(tmp_path, capsys):
-    for name, data in (("bytes", raw_shard([1])), ("gpt2", raw_shard([1], 50257)), ("bad", raw_shard([1, 2])[:-1])):
-        (tmp_path / f"{name}.bin").write_bytes(data)
-    with open(tmp_path / "huge.bin", "wb") as file:     # sparse: 2 GB of zeros that take no disk
-        file.write(struct.pack("<iiii", 20240520, 1, 2**30, 257))
-        file.truncate(1024 + 2 * 2**30)
-    out = tmp_path / "out.bin"
-    for files, message in ((("bytes", "gpt2"), "several vocabularies"), (("bytes", "bad"), "bad.bin: the header"),
-                           (("huge", "huge"), "2,147,483,648 tokens"), (("bytes", "none"), "none.bin")):
-        code, _, err = command(capsys, "merge", *(tmp_path / f"{name}.bin" for name in files), "--out", out)
-        assert code == 1 and message in err and not out.exists()
-    (tmp_path / "last.bin").write_bytes(raw_shard([1, 2, 3])[:-1] + b"\1")     # good to the header, bad to the checksum
-    for arguments in (("merge", tmp_path / "bytes.bin", tmp_path / "last.bin", "--out", out),
-                      ("split", tmp_path / "last.bin", "--tokens", 1, "--out", out)):
-        code, _, err = command(capsys, *arguments)
-        assert code == 1 and "last.bin: token 259 is outside" in err and not out.exists()
-    assert command(capsys, "split", tmp_path / "bytes.bin", "--tokens", 0, "--out", out)[0] == 2
-
-
-def test_verify_has_a_line_a_file_and_an_exit_code(tmp_path, capsys):
-    files = {"good": raw_shard([1, 256]), "upstream": raw_shard([1, 50256], 50257, checksum=False),
-             "range": raw_shard([1, 257]), "cut": raw_shard([1, 2, 3])[:-2], "empty": b"", "magic": b"PAR1" * 300}
+def test_verify_and_info(tmp_path, capsys):
+    files = {"a": raw_shard([1, 256]), "b_upstream": raw_shard([1, 50256], 50257, checksum=False), "c": b"PAR1" * 300,
+             "d_range": raw_shard([1, 257]), "e_cut": raw_shard([1, 2, 3])[:-2], "f_empty": b""}
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-    code, out, _ = command(capsys, "verify", *(tmp_path / name for name in files), tmp_path / "none", tmp_path)
+    code, out = command(capsys, "verify", tmp_path / "[a-f]*", tmp_path / "none*", tmp_path)
     lines = out.splitlines()
-    assert code == 1 and len(lines) == len(files) + 2
-    assert [line.startswith("bad: ") for line in lines] == [False, False, True, True, True, True, True, True]
-    assert "2 tokens, vocabulary 257, checksum matches" in lines[0]
+    assert code == 1 and [line.startswith("bad: ") for line in lines] == [False, False] + 6 * [True]
+    assert all(name in line for name, line in zip([*files, "none*", tmp_path.name], lines, strict=True))
+    assert lines[0] == f"{tmp_path / 'a'}: good: 2 tokens, vocabulary 257, checksum matches"
     assert "no checksum: a changed token inside the vocabulary cannot be told" in lines[1]
-    assert all(name in line for name, line in zip([*files, "none", tmp_path.name], lines, strict=True))
-    assert command(capsys, "verify", tmp_path / "good")[0] == 0
-    result = subprocess.run([sys.executable, ROOT / "data/shards.py", "verify", tmp_path / "cut"], capture_output=True)
-    assert result.returncode == 1 and not result.stderr
+    subprocess.run([sys.executable, ROOT / "data/shards.py", "verify", tmp_path / "a"], check=True)
+    (tmp_path / "a").write_bytes(data := raw_shard([256, *"naïve".encode(), 256]))
+    code, out = command(capsys, "info", tmp_path / "a")
+    assert code == 0 and "documents: 2\n" in out and f"sha256: {hashlib.sha256(data).hexdigest()}\n" in out
+    assert f"starts with: {b'<|endoftext|>na' + 'ïve'.encode() + b'<|endoftext|>'}" in out
 
 
-def test_inspect_shows_the_shard(tmp_path, capsys, monkeypatch, few_at_once):
-    text = "naïve\n".encode()
-    (tmp_path / "bytes").write_bytes(data := raw_shard([256, *text, 256, 256, *text]))
-    code, out, _ = command(capsys, "inspect", tmp_path / "bytes")
-    for line in ("tokens: 17\n", "vocabulary: 257\n", "documents: 3 ", "checksum: yes", r"'<|endoftext|>naïve",
-                 hashlib.sha256(data).hexdigest()):
-        assert code == 0 and line in out, line
-
-    (tmp_path / "ranks").write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(
-        [*(bytes([i]) for i in range(256)), b"na", b"\xc3\xaf"])))
-    (tmp_path / "own").write_bytes(raw_shard([258, 256, 257, 118, 101], 259, checksum=False))
-    code, out, _ = command(capsys, "inspect", tmp_path / "own")
-    assert code == 0 and "[258, 256, 257, 118, 101] (no tokenizer for 259" in out and "checksum: no" in out
-    code, out, _ = command(capsys, "inspect", tmp_path / "own", "--tiktoken", tmp_path / "ranks")
-    assert code == 0 and "excerpt: '<|endoftext|>naïve'" in out and "documents: 1 " in out
-    code, _, err = command(capsys, "inspect", tmp_path / "bytes", "--tiktoken", tmp_path / "ranks")
-    assert code == 1 and "ranks: has a vocabulary of 259, but" in err
-    code, _, err = command(capsys, "inspect", tmp_path / "none", tmp_path / "bytes")
-    assert code == 1 and "none" in err
-
-
-def test_inspect_without_gpt2s_ranks_gives_ids(tmp_path, capsys, monkeypatch):
-    import tiktoken
-
-    def no_network(name):
-        raise ConnectionError("no network")
-    (tmp_path / "gpt2").write_bytes(raw_shard([50256, 15496], 50257))
-    with monkeypatch.context() as patch:
-        patch.setattr(tiktoken, "get_encoding", no_network)
-        code, out, _ = command(capsys, "inspect", tmp_path / "gpt2")
-    assert code == 0 and "[50256, 15496] (tiktoken could not load r50k_base (no network)" in out
-    cache = ROOT.parent / "shared/tiktoken"
-    if not cache.is_dir():
-        pytest.skip("no tiktoken cache with r50k_base at ../shared/tiktoken, and no network")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
-    code, out, _ = command(capsys, "inspect", tmp_path / "gpt2")
-    assert code == 0 and "excerpt: '<|endoftext|>Hello'" in out
-
-
-@pytest.mark.parametrize("lines, message", [
-    (["not base64! 0"], "not a file of BPE ranks"), (["YQ=="], "not a file of BPE ranks"), ([], "the 0 ranks must be"),
-    (["YQ== 0"], "the 1 ranks must be"), ([f"{base64.b64encode(bytes([i])).decode()} {i + 1}" for i in range(256)],
-                                          "the 256 ranks must be"),
-    ([f"{base64.b64encode(bytes([i])).decode()} {i}" for i in range(256)] +
-     [f"{base64.b64encode(i.to_bytes(2, 'big')).decode()} {256 + i}" for i in range(65280)], "do not fit"),
-], ids=["base64", "one column", "empty", "a byte missing", "from 1", "too many"])
-def test_ranks_that_cannot_be_used(tmp_path, lines, message):
-    (tmp_path / "ranks").write_text("\n".join(lines))
-    with pytest.raises(shards.ShardError, match=message) as error:
-        shards.load_bpe(tmp_path / "ranks")
-    assert str(tmp_path / "ranks") in str(error.value)
+def test_ranks_that_cannot_be_used(tmp_path):
+    single_bytes, pairs = [bytes([i]) for i in range(256)], [i.to_bytes(2, "big") for i in range(65280)]
+    for tokens, first_rank in ((single_bytes, 1), (single_bytes[1:], 0), (single_bytes + pairs, 0), ([], 0)):
+        lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens, first_rank)]
+        (tmp_path / "ranks").write_text("\n".join(lines))
+        with pytest.raises(shards.ShardError, match="not BPE ranks .* each line is a token in base64"):
+            shards.load_bpe(str(tmp_path / "ranks"))
