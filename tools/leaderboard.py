@@ -12,7 +12,8 @@ A table stands between a marker, alone on its line, and the line <!-- end -->:
 A recipe is a source and its Config, the seed aside. It holds a place with 5 or more finished runs of different seeds on
 one kind of machine, on the track's data and target, whose mean final loss is below the target at p < 0.01 (one-sided
 t-test). Its time is the mean training time of runs whose length was fixed before they started. "time / AdamW's" is
-measured in the same blocks of one experiment, at the same dtype; numbers after ± are standard deviations.
+measured in the same blocks of one experiment, at the same dtype, where the mean loss of AdamW is at or below the target
+as well; numbers after ± are standard deviations.
 """
 
 import argparse
@@ -76,7 +77,8 @@ def ratio(runs: list[Run], baseline: list[Run]) -> float | None:
 
 def ratio_to_adamw(runs: list[Run], record: list[list[Run]]) -> float | None:
     for other in record:
-        if other[0].config.get("matrix_optimizer") == "adamw" and has_place(other):
+        losses = finals(other, 1)
+        if other[0].config.get("matrix_optimizer") == "adamw" and losses and fmean(losses) <= other[0].config["target"]:
             return ratio(runs, other)
     return None
 
