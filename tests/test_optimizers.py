@@ -148,7 +148,7 @@ def test_against_torch_muon(scale):
 @pytest.mark.upstream
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
 def test_the_readmes_muon_is_this_one(shape):
-    section = (ROOT / "README.md").read_text().split("## Muon in fifteen lines")[1]
+    section = (ROOT / "README.md").read_text().split("## Muon in eleven lines")[1]
     readme = {}
     exec(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], readme)
     p, W, momentum = torch.nn.Parameter(normal(*shape)), normal(*shape), torch.zeros(shape, dtype=torch.float64)

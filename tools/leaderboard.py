@@ -5,7 +5,7 @@
     python tools/leaderboard.py --check     # writes nothing; exits with 1 and names each table that is out of date
 
 A table stands between a marker, alone on its line, and the line <!-- end -->:
-    <!-- leaderboard TRACK [ROWS] -->     recipes with a place, by time within their hardware; ROWS: the first few
+    <!-- leaderboard TRACK [ROWS] -->     recipes with a place, by time within their hardware; ROWS: the first, in short
     <!-- record RECORD [FIELD ... show FIELD ...] -->     variants of a record; with FIELDs of Config, only the one of
                                           lowest loss for each of their values, with the fields to show
 
@@ -120,7 +120,9 @@ def leaderboard(root: Path, here: Path, track: str, most: str = "") -> list[str]
             if key not in best or best[key][0] <= rank:
                 best[key] = (rank, fmean(finals(runs, 0)), row)
     rows = [row for _, _, row in sorted(best.values(), key=lambda entry: (entry[2]["hardware"], entry[1]))]
-    return table(rows[:int(most or len(rows))]) if rows else [f"No recipe holds a place on {track} yet."]
+    if most:
+        rows = [{name: row[name] for name in list(row)[:5]} for row in rows[:int(most)]]
+    return table(rows) if rows else [f"No recipe holds a place on {track} yet."]
 
 
 def record(root: Path, here: Path, name: str, *words: str) -> list[str]:
