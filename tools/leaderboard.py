@@ -121,7 +121,7 @@ def leaderboard(root: Path, here: Path, track: str, most: str = "") -> list[str]
                 best[key] = (rank, fmean(finals(runs, 0)), row)
     rows = [row for _, _, row in sorted(best.values(), key=lambda entry: (entry[2]["hardware"], entry[1]))]
     if most:
-        rows = [{name: row[name] for name in list(row)[:5]} for row in rows[:int(most)]]
+        rows = [{name: row[name] for name in list(row)[:6]} for row in rows[:int(most)]]
     return table(rows) if rows else [f"No recipe holds a place on {track} yet."]
 
 
