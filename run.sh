@@ -38,6 +38,7 @@ plan=$("$python" -c '
 import os, shlex, sys, torch, train_gpt
 gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
 large = any(gpu.major >= 8 and gpu.total_memory >= 20e9 for gpu in gpus)
+sys.argv[0] = "run.sh"
 given, saved, chosen = train_gpt.parse_command_line(sys.argv[1:]), None, ""
 try:
     if given.get("resume"):

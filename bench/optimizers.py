@@ -13,7 +13,6 @@ The second table is the state of whole training, with AdamW for embedding and lm
 import argparse
 import datetime
 import os
-import platform
 import statistics
 import sys
 import time
@@ -82,9 +81,7 @@ def main() -> None:
     seconds = time_steps(optimizers, device, arguments.rounds)
     if train_gpt.ranks()[0] == 0:
         print(f"{datetime.date.today()}, {train_gpt.describe_hardware(device)}, ours in {dtype}, torch "
-              f"{torch.__version__}, Python {platform.python_version()}")
-        print(f"{sum(p.numel() for p in matrices):,} parameters in {len(matrices)} tensors; median of "
-              f"{arguments.rounds} steps (least to most)\n")
+              f"{torch.__version__}; median of {arguments.rounds} steps (least to most)\n")
         print("| optimizer of the matrices | seconds a step | / torch.optim.Muon | first step |\n|---|---|---|---|")
         base = statistics.median(seconds["torch.optim.Muon"][1:])
         for name, (first, *steps) in seconds.items():

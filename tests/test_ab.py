@@ -71,7 +71,9 @@ def test_order_verdicts_and_a_second_start(start, tmp_path, monkeypatch, capsys)
     pytest.raises(SystemExit, compare.main)
     assert capsys.readouterr().out.split("\n\n")[:2] == [text.split(":\n", 1)[1].strip() for text in verdicts]
 
-    (tmp_path / "trainer.py").write_text("raise SystemExit(1)\n")     # which the copies do not heed
+    (tmp_path / "trainer.py").write_text("raise SystemExit(1)\n")     # its old verdict would be told of this
+    assert f"{tmp_path}/trainer.py has changed since this experiment began" in start(*arguments)[0]
+    (tmp_path / "trainer.py").write_text(TRAINER)
     status, again = start(*arguments)
     assert status == 0 and again.count("finished before") == 9 and again.split("\n\n")[1:] == verdicts
 

@@ -60,8 +60,9 @@ def test_keep_an_experiment(root, tmp_path):
     assert record == root / "records" / "tiny" / "2026-12-01_ab"     # the day in the run_ids
     assert {path.name for path in record.iterdir()} == {"runs.json", "curves.json.gz", "plan.json", "change.diff",
                                                         "README.md", "loss.png"}
-    assert {path.stem for path in root.glob("records/sources/*")} == {
-        hashlib.sha256(source).hexdigest()[:12] for source in (b"print('a')\n", b"print('b')\n")}
+    sources = [f"records/sources/{hashlib.sha256(source).hexdigest()[:12]}.py"
+               for source in (b"print('a')\n", b"print('b')\n")]
+    assert {str(path.relative_to(root)) for path in root.glob("records/sources/*")} == {*sources}
     assert "-print('a')\n+print('b')\n" in (record / "change.diff").read_text()
     kept = {run.name: run for run in runs.read_record(record)}
     logs = {run.name: run for run in runs.find_runs([experiment])[0]}
@@ -73,12 +74,13 @@ def test_keep_an_experiment(root, tmp_path):
     rows = [line.strip("| ").split(" | ") for line in re.findall(r"^\| .*", readme, re.M)]
     mean = 100 * sum(1.5**block for block in range(6)) / 6
     assert rows[0] == ["variant", "n", "steps", "loss", "seconds", "time / A's", "against A, by time_to_target"]
-    assert rows[3][:4] == ["Muon", "6", "20", f"1.2825 ± {stdev(range(6)) / 1000:.4f}"]
+    assert rows[3][:4] == ["B: Muon", "6", "20", f"1.2825 ± {stdev(range(6)) / 1000:.4f}"]
     assert rows[3][4].startswith(f"{mean:.1f} ± ") and rows[3][5] == "0.50"
     assert rows[3][6].startswith("faster (B takes 50.0%")
-    assert rows[4][:2] == ["stopped", "5 and 1 stopped"] and rows[4][6].startswith("inconclusive (void")
+    assert rows[4][:2] == ["C: stopped", "5 and 1 stopped"] and rows[4][6].startswith("inconclusive (void")
     assert shlex.split(readme.split("```bash\n")[1].splitlines()[0])[3:] == [
-        "--metric=time_to_target", "--seeds=0,1,2,3,4,5", "--fields=--x 1", "--candidate=b.py --y 'two words'"]
+        "--metric=time_to_target", "--seeds=0,1,2,3,4,5", "--fields=--x 1", f"--baseline={sources[0]}",
+        f"--candidate={sources[1]} --y 'two words'"]
     board = (root / "README.md").read_text().splitlines()[3:-1]
     cells = [line.strip("| ").split(" | ") for line in board]
     assert [row[0].split("]")[0] for row in cells] == ["[Muon", "[AdamW"]
@@ -241,6 +243,7 @@ def test_records_are_small_and_whole_and_the_tables_agree_with_them():
             readme = (folder / "README.md").read_text()
             assert len(readme.splitlines()) <= 40 and f"\n<!-- record tiny/{folder.name}" in readme
             assert (folder / "loss.png").stat().st_size < 80_000
+            assert f"(tiny/{folder.name}/README.md)" in (ROOT / "records/README.md").read_text()
 
 
 @pytest.mark.upstream
@@ -260,7 +263,7 @@ def test_losses_in_the_text_are_in_a_record(page):
 
 @pytest.mark.upstream
 def test_the_result_in_the_trainers_docstring():
-    stated = re.search(r"^tiny: ([\d.]+) nats a byte \(([\d.]+) to ([\d.]+), n = (\d+)\)",
+    stated = re.search(r"^tiny: ([\d.]+) nats per byte \(([\d.]+) to ([\d.]+), n = (\d+)\)",
                        (ROOT / "train_gpt.py").read_text(), re.MULTILINE).groups()
     groups = [leaderboard.finals(group, 1) for folder in RECORDS for group in runs.group(runs.read_record(folder))]
     assert stated in {(f"{sum(losses) / len(losses):.4f}", f"{min(losses):.4f}", f"{max(losses):.4f}", f"{len(losses)}")

@@ -237,6 +237,10 @@ def main() -> int:
             print(f"waiting for the end of another ab.py, or of a run that a killed one left, in {out}")
             fcntl.flock(lock, fcntl.LOCK_EX)
         fix_plan(out, plan)
+        for letter, (program, _) in parse_variants(plan).items():
+            if read_program(program) != (out / f"source_{letter}.py").read_bytes():
+                raise LogError(f"{program} has changed since this experiment began, which goes on with the copy in "
+                               f"{out}/source_{letter}.py; name another OUT, or restore the program from the copy")
         print(f"plan: {len(plan['runs'])} runs in {out}, named BLOCK_VARIANT_SEED; alpha {plan['alpha_each']:g} each")
         return experiment(out, plan, lock)
     except (LogError, OSError) as error:

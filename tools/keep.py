@@ -27,8 +27,6 @@ import plot
 from compare import read_plan
 from runs import NAME, ROOT, THEN, LogError, Run, changed, find_runs, group, setting, write_record
 
-LONGEST_DIFF = 500      # lines
-
 
 def day(run: Run) -> str:
     """Returns the day on which the run started, from its run_id, else that of its log's last change (YYYY-MM-DD)."""
@@ -46,17 +44,23 @@ def change(variants: list[list[Run]]) -> str:
     for sha256, source in sources.items():
         names = [f"records/sources/{one[:12]}.py" for one in (first.source_sha256, sha256)]
         diff = list(difflib.unified_diff(first.source.splitlines(), source.splitlines(), *names, lineterm=""))
-        lines += diff if len(diff) <= LONGEST_DIFF else [f"# {len(diff)} lines: diff -u {' '.join(names)}"]
+        lines += diff if len(diff) <= 500 else [f"# {len(diff)} lines: diff -u {' '.join(names)}"]
     return "\n".join(lines) + "\n"
 
 
-def command(plan: Path) -> str:
-    """Returns the command of an experiment, from its plan."""
+def command(plan: Path, runs: list[Run]) -> str:
+    """Returns the command that repeats an experiment, from its plan and from the kept sources of its runs."""
     told = json.loads(plan.read_text(encoding="utf-8"))
+    sources = {run.side: f"records/sources/{run.source_sha256[:12]}.py" for run in runs}
+    specs = []
+    for letter, spec in zip(sorted(sources), [told["baseline"], *told["candidates"]], strict=False):
+        words = shlex.split(spec)
+        fields = words[1:] if words and not words[0].startswith("-") else words
+        specs.append(shlex.join([sources[letter], *fields]))
     seeds = ",".join(map(str, told["seeds"])) + ("," if len(told["seeds"]) == 1 else "")
     words = ["python", "tools/ab.py", "logs/again", f"--metric={told['metric']}", f"--seeds={seeds}"]
-    words += [f"--{option}={told[option]}" for option in ("fields", "baseline") if told[option]]
-    return shlex.join([*words, *(f"--candidate={candidate}" for candidate in told["candidates"])])
+    words += [f"--fields={told['fields']}"] if told["fields"] else []
+    return shlex.join([*words, f"--baseline={specs[0]}", *(f"--candidate={spec}" for spec in specs[1:])])
 
 
 def readme(name: str, record: str, runs: list[Run], told: str, several: bool) -> str:
@@ -106,7 +110,7 @@ def keep(name: str, paths: list[Path], recipes: list[str], root: Path = ROOT) ->
         if len(variants) > 1:
             (part / "change.diff").write_text(change(variants), encoding="utf-8")
         plot.draw(runs, part / "loss.png")
-        told = command(plan) if plan else f"{leaderboard.TO_WRITE} the command)"
+        told = command(plan, runs) if plan else f"{leaderboard.TO_WRITE} the command)"
         (part / "README.md").write_text(readme(name, record, runs, told, len(variants) > 1), encoding="utf-8")
         shutil.copytree(part, folder)
     (root / "records" / "sources").mkdir(exist_ok=True)

@@ -140,7 +140,8 @@ def record(root: Path, here: Path, name: str, *words: str) -> list[str]:
     for runs in shown:
         config, done = runs[0].config, finals(runs, 1)
         stopped = f" and {len(runs) - len(done)} stopped" if len(done) < len(runs) else ""
-        row = {} if fields else {"variant": title(runs)}
+        letter = f"{runs[0].side}: " if plan and runs[0].recipe else ""
+        row = {} if fields else {"variant": letter + title(runs)}
         if not fields and not (plan and runs[0].recipe):
             row["change"] = change_of(runs, first, os.path.relpath(folder, here))
         row.update({field: config.get(field) for field in fields})
