@@ -591,7 +591,7 @@ def load_checkpoint(folder: str) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types if a file is damaged
-        raise RunError(f"--resume {path}: {error}; give a run that saved one") from None
+        raise RunError(f"--resume {path}: {error}; give a run that has one") from None
 
 # ==== 9. The run ==================================================================
 def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:

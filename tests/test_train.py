@@ -257,7 +257,7 @@ def test_resume_rejects_what_would_change_the_run(one, text, tmp_path, capsys):
             (one, ["--val_files", text[1]], ["--resume", "other data"]),
             (tmp_path / "none", [], [f"--resume {tmp_path}/none", "checkpoint"]),
             (tmp_path / "older", [], [f"--resume {tmp_path}/older", "version"]),
-            (tmp_path / "damaged", [], ["checkpoint.pt", "give a run that saved one"])):
+            (tmp_path / "damaged", [], ["checkpoint.pt", "give a run that has one"])):
         assert train(*arguments, "--resume", folder, "--log_dir", tmp_path) == 2
         message = capsys.readouterr().err
         assert message.startswith("error: ") and all(word in message for word in words), message
