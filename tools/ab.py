@@ -174,7 +174,7 @@ def report_crash(console: Path, name: str, status: int) -> None:
     print(f"{name}  crashed, exit status {status}; the end of {console}:")
     print(printable("\n".join(f"    {line}" for line in lines)))
     if "_A_" in name:
-        raise LogError("the baseline crashed, see above; the same command tries again, another plan needs another OUT")
+        raise LogError("the baseline crashed, see above; the same command tries again, another one needs an empty OUT")
 
 
 def experiment(out: Path, plan: dict, lock) -> int:
