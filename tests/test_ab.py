@@ -183,8 +183,7 @@ def test_several_processes():
     (["--seeds", "0"], "--seeds .*: give a number from 1 on"),
     (["--seeds", "3,3"], "--seeds .3, 3.: give"),
     (["--alpha", "5"], "--alpha 5.0: must lie"),
-    (25 * CANDIDATE, "letters for 25"),
-])
+    (25 * CANDIDATE, "letters for 25")])
 def test_bad_input(start, tmp_path, arguments, words):
     assert re.search(words, start(*CANDIDATE, *arguments)[0]) and not (tmp_path / "out/plan.json").exists()
 

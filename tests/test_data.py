@@ -8,35 +8,28 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, train
+from test_shards import raw_shard
 
 import train_gpt
 
 CPU = torch.device("cpu")
 
 
-def shard_bytes(tokens, vocab_size: int = 257) -> bytes:
-    """The format of llm.c, written down again."""
-    header = np.zeros(256, dtype="<i4")
-    header[:4] = 20240520, 1, len(tokens), vocab_size
-    return header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes()
-
-
 def make_rows(folder, lengths, seq_len=8, max_rows=10**9) -> train_gpt.Rows:
     """Rows over shards of these lengths, whose tokens count up from 0 through all of them."""
     start = 0
     for i, length in enumerate(lengths):
-        (folder / f"s_{i:03d}.bin").write_bytes(shard_bytes(range(start, start + length), 65535))
+        (folder / f"s_{i:03d}.bin").write_bytes(raw_shard(range(start, start + length), 65535))
         start += length
     c = SimpleNamespace(vocab_size=65535, seq_len=seq_len, prepare="data/local_text.py")
     return train_gpt.Rows("train_files", f"{folder}/s_*.bin", c, max_rows)
 
 
 def test_shards_of_others_are_read_and_hashed(tmp_path):
-    (tmp_path / "gpt2.bin").write_bytes(shard_bytes([1, 50256, 0], vocab_size=0))     # as llm.c writes its vocabulary
+    (tmp_path / "gpt2.bin").write_bytes(raw_shard([1, 50256, 0], 50257, checksum=False))     # as llm.c writes them
     assert train_gpt.open_shard(str(tmp_path / "gpt2.bin"), 50257).tolist() == [1, 50256, 0]
     rows = make_rows(tmp_path, [20, 30])
-    contents = [(tmp_path / f"s_00{i}.bin").read_bytes() for i in range(2)]
-    assert rows.sha256 == hashlib.sha256(b"".join(contents)).hexdigest()
+    assert rows.sha256 == hashlib.sha256(b"".join((tmp_path / f"s_00{i}.bin").read_bytes() for i in (0, 1))).hexdigest()
 
 
 @pytest.mark.parametrize("change, words", [
@@ -51,14 +44,14 @@ def test_shards_of_others_are_read_and_hashed(tmp_path):
 ], ids=["magic", "truncated", "short", "tiny", "fewer tokens", "negative", "range", "vocabulary"])
 def test_bad_shards_are_named(tmp_path, change, words):
     path = tmp_path / "bad.bin"
-    path.write_bytes(change(shard_bytes(range(200))))
+    path.write_bytes(change(raw_shard(range(200))))
     with pytest.raises(train_gpt.RunError) as error:
         train_gpt.open_shard(str(path), 257)
     assert str(path) in str(error.value) and words in str(error.value)
 
 
 def test_bad_data_end_a_run_before_it_writes(text, tmp_path, capsys):
-    (tmp_path / "bad.bin").write_bytes(shard_bytes([1, 300]))
+    (tmp_path / "bad.bin").write_bytes(raw_shard([1, 300]))
     for options, words in (
             (["--train_files", tmp_path / "bad.bin"], ["bad.bin", "257"]),
             (["--train_files", tmp_path / "no_*.bin"], [f"--train_files {tmp_path}/no_*.bin", "data/local_text.py"]),

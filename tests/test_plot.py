@@ -107,7 +107,7 @@ def test_many_variants(tmp_path, drawn):
         write(tmp_path / f"v{variant:02}_{run}", run, change=lambda _, loss, up=levels[variant]: loss + up, lr=variant)
     figure = drawn(tmp_path)
     assert [int(text[1:3]) for text in words(figure)] == [i for i in range(15) if levels[i] < 1.15]
-    assert "grey: 3 more variants" in figure.legends[0].get_title().get_text()
+    assert "band and bars: std; grey: 3 more variants" in figure.legends[0].get_title().get_text()
     looks = {(line.get_color(), line.get_linestyle()) for line in figure.legends[0].get_lines()}
     assert len(looks) == 12 and plot.GREY not in dict(looks)
     pixels = np.asarray(Image.open(tmp_path / "drawn.png").convert("RGB")).reshape(-1, 3).astype(int)

@@ -87,6 +87,14 @@ def test_keep_an_experiment(root, tmp_path):
     assert [row[2] for row in cells] == ["0.50", "1.00"] and cells[0][1].startswith(f"{mean:.1f} ± ")
 
 
+def test_a_crash_leaves_names_in_the_command_and_no_verdict(root, tmp_path):
+    experiment = write_experiment(tmp_path / "logs", blocks=1)
+    (experiment / "00_B_seed0/log.txt").unlink()
+    (experiment / "00_A_seed0/log.txt").write_text(log_text(steps=5, matrix_optimizer="adamw"))
+    readme = (keep.keep("crash", [experiment], [], root) / "README.md").read_text()
+    assert "--candidate=b.py --y " in readme and "faster" not in readme and "| 0 and 1 stopped |" in readme
+
+
 def test_keep_leaves_out_what_cannot_be_kept(root, tmp_path, capsys):
     paths = [write(tmp_path / "logs" / f"x{seed}", seed=seed) for seed in range(2)]
     bad = write(tmp_path / "logs" / "evil", text=log_text(track="../../../x"))
@@ -128,10 +136,10 @@ def test_what_takes_a_place(tmp_path, change):
 def test_no_ratio_across_dtypes_or_days(tmp_path):
     today, later = (runs.find_runs([write_experiment(tmp_path / day)])[0] for day in ("today", "later"))
     adamw, muon = ([run for run in today if run.side == letter] for letter in "AB")
-    assert leaderboard.ratio(muon, adamw) == pytest.approx(0.5)
+    assert leaderboard.ratio_to_adamw(muon, [muon, adamw]) == leaderboard.ratio(muon, adamw) == pytest.approx(0.5)
     assert leaderboard.ratio([run for run in later if run.side == "B"], adamw) is None
-    muon[0].config["dtype"] = "bfloat16"
-    assert leaderboard.ratio(muon, adamw) is None
+    muon[0].config["dtype"], adamw[0].config["target"] = "bfloat16", 1.0
+    assert leaderboard.ratio(muon, adamw) is None and leaderboard.ratio_to_adamw(adamw, [adamw]) is None
 
 
 def test_tables_are_caught_and_put_right(root, tmp_path):

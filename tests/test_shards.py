@@ -18,7 +18,7 @@ import train_gpt
 
 def raw_shard(tokens, vocab_size=257, checksum=True) -> bytes:
     data = struct.pack(f"<{len(tokens)}H", *tokens)
-    fields = 20240520, 1, len(tokens), vocab_size % 50257, zlib.crc32(data) if checksum else 0
+    fields = 20240520, 1, len(tokens), 0 if vocab_size == 50257 else vocab_size, zlib.crc32(data) if checksum else 0
     return struct.pack("<iiiiI", *fields).ljust(1024, b"\0") + data
 
 

@@ -12,9 +12,9 @@ Block i runs each variant once with seed i, and every second block is in reverse
 the machine meets all variants alike. Each run is a new process in the repository's folder. OUT holds plan.json, all
 that is fixed before the first run; copies of the programs, so that later edits change nothing; and a folder per run.
 
-After Ctrl-C, a kill or a crash, the same command goes on where it stopped: what finished is not run again, and what
-did not moves to OUT/aside and starts anew. A crash of the baseline ends the experiment, one of a candidate does not.
-The exit status is 0 where all runs finished. With several candidates, each has an equal share of alpha (Bonferroni).
+After Ctrl-C, a kill or a crash, the same command with the same programs goes on where it stopped: what finished is not
+run again, and what did not moves to OUT/aside and starts anew. A crash of the baseline ends the experiment, one of a
+candidate does not. The exit status is 0 where all runs finished. Several candidates share alpha equally (Bonferroni).
 """
 
 import argparse

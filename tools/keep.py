@@ -18,6 +18,7 @@ import json
 import re
 import shlex
 import shutil
+import string
 import sys
 import tempfile
 from pathlib import Path
@@ -53,14 +54,14 @@ def command(plan: Path, runs: list[Run]) -> str:
     told = json.loads(plan.read_text(encoding="utf-8"))
     sources = {run.side: f"records/sources/{run.source_sha256[:12]}.py" for run in runs}
     specs = []
-    for letter, spec in zip(sorted(sources), [told["baseline"], *told["candidates"]], strict=False):
+    for letter, spec in zip(string.ascii_uppercase, [told["baseline"], *told["candidates"]], strict=False):
         words = shlex.split(spec)
         fields = words[1:] if words and not words[0].startswith("-") else words
-        specs.append(shlex.join([sources[letter], *fields]))
+        specs.append(shlex.join([sources[letter], *fields]) if letter in sources else spec)     # one left no log
     seeds = ",".join(map(str, told["seeds"])) + ("," if len(told["seeds"]) == 1 else "")
     words = ["python", "tools/ab.py", "logs/again", f"--metric={told['metric']}", f"--seeds={seeds}"]
-    words += [f"--fields={told['fields']}"] if told["fields"] else []
-    return shlex.join([*words, f"--baseline={specs[0]}", *(f"--candidate={spec}" for spec in specs[1:])])
+    options = [f"--fields={told['fields']}", f"--baseline={specs[0]}", *(f"--candidate={spec}" for spec in specs[1:])]
+    return shlex.join([*words, *options])
 
 
 def readme(name: str, record: str, runs: list[Run], told: str, several: bool) -> str:

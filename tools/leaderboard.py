@@ -151,7 +151,7 @@ def record(root: Path, here: Path, name: str, *words: str) -> list[str]:
             times = ratio(runs, first)
             row["time / A's"] = f"{times:.2f}" if times else "-"
             verdict = "-"
-            if runs is not first and done:
+            if runs is not first and done and finals(first, 1):
                 verdict = compare(first, runs, plan["metric"], plan["alpha"], runs[0].side).verdict
             row[f"against A, by {plan['metric']}"] = verdict
         rows.append(row)
