@@ -169,7 +169,7 @@ def draw(runs: list[Run], out: Path, baselines: list[Run] = (), panels: tuple[st
     handles, labels = axes[0].get_legend_handles_labels()
     inside = one and len(labels) <= 6 and max(map(len, labels)) <= 60
     figure.set_size_inches(8 if one else 10, 4.2 if inside else 3.6 + 0.22 * len(labels))
-    title = "line: training loss; dot: validation loss" + "; band and bars: std" * any(len(v.whole) > 1 for v in variants)
+    title = "line: training loss; dot: validation loss" + "; band and bars: std" * any(v.whole[1:] for v in variants)
     title += f"; grey: {len(variants) - len(labels)} more variants, with higher losses" * (len(labels) < len(variants))
     figure.legend(handles[::-1], labels[::-1], loc="upper right" if inside else "outside lower center", title=title,
                   edgecolor="none", handlelength=3)
