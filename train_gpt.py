@@ -557,11 +557,16 @@ def evaluate(run, rows: range) -> float:
     model, size, mine = run.model.eval(), run.micro_batch, rows[ranks()[0]::ranks()[1]]
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     for start in range(0, len(mine), size):
-        tokens = run.val_rows.read(mine[start:start + size]).to(run.device, torch.int64)
-        loss = run.validation_loss(model, model.hidden(tokens[:, :-1]), tokens[:, 1:])
-        total += loss.double() * tokens[:, 1:].numel()
+        part = mine[start:start + size]
+        # A batch of another size would be compiled anew: copies fill the last, and do not count.
+        tokens = run.val_rows.read([*part] + [part[0]] * (size - len(part)))
+        tokens = tokens.to(run.device, torch.int64)
+        targets = tokens[:, 1:].clone()
+        targets[len(part):] = -100  # what cross_entropy ignores
+        loss = run.validation_loss(model, model.hidden(tokens[:, :-1]), targets)
+        total += loss.double() * len(part)
     model.train()
-    return sum(gather(total.item())) / (len(rows) * run.config.seq_len)
+    return sum(gather(total.item())) / len(rows)
 
 # ==== 8. Checkpoints ==============================================================
 class State:
@@ -624,7 +629,9 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
     run.validation_loss = validation_loss
     run.compiled = c.compile == "on" or (c.compile == "auto" and device.type == "cuda")
     if run.compiled:
-        # Block by block: nearly as fast as the whole model, in a fraction of the time.
+        # Block by block: nearly as fast as the whole model, in a fraction of the time. Blocks
+        # are DDP's buckets already, and need not be split at their bounds.
+        torch._dynamo.config.optimize_ddp = False
         for block in run.model.blocks:
             block.compile(dynamic=False)
         run.model.loss = torch.compile(run.model.loss, dynamic=False)
@@ -658,12 +665,16 @@ def prime(run, start: dict) -> None:
         evaluate(run, range(run.val_rows.count)[:run.micro_batch * ranks()[1]])
     run.unread.clear()
     run.state.load_state_dict(start)
-    run.prime_seconds = time.perf_counter() - clock
+    run.prime_seconds, run.primed_graphs = time.perf_counter() - clock, compiled_graphs()
     log(run, f"priming: {run.prime_seconds:.1f} s")
+
+def compiled_graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 def accumulate_gradients(model: nn.Module, tokens, micro_batch: int) -> torch.Tensor:
     parts, total = tokens.split(micro_batch), 0.0
-    model.zero_grad(set_to_none=True)
+    # DDP's gradients are views of its buckets: new ones would have to be copied there.
+    model.zero_grad(set_to_none=not hasattr(model, "no_sync"))
     for part in parts:
         # DDP averages over the ranks after the last part alone.
         wait = part is not parts[-1] and hasattr(model, "no_sync")
@@ -723,6 +734,9 @@ def summarize(run, val_loss: float) -> None:
     # Other data, or fewer validation tokens than the track's, give another loss.
     there = [c.train_sha256, c.val_sha256, Config(**TRACKS[c.track]).val_tokens]
     comparable = [*run.sha256.values(), c.val_tokens] == there if all(there) else None
+    late = sum(gather(compiled_graphs() - run.primed_graphs))
+    if late:
+        log(run, f"error: {late} graphs compiled in training: a shape that priming lacks")
     log(run, f"""run_id: {c.run_id}
 val_loss: {val_loss:.6f}
 target: {c.target}
@@ -730,6 +744,7 @@ target_reached: {json.dumps(val_loss <= c.target)}
 data_comparable: {json.dumps(comparable)}
 train_seconds: {seconds:.3f}
 compile_seconds: {run.prime_seconds:.3f}
+late_compilations: {late}
 tokens_per_second: {run.starts[-1] * c.seq_len / seconds:.0f}
 gpu_memory_gib: {max(gather(torch.cuda.max_memory_allocated())) / 2**30:.2f}""")
 
