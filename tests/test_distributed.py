@@ -35,8 +35,11 @@ def count_all_reduces() -> dict[int, int]:
     for _ in range(2):     # the buckets settle after the first step
         for micro_batch in (8, 4, 2, 1):
             counts.append(0)
+            places = [p.grad is not None and p.grad.data_ptr() for p in model.parameters()]
             train_gpt.accumulate_gradients(model, tokens, micro_batch)
             result[8 // micro_batch] = counts[-1]
+    # The gradients stay where the buckets are, so that nothing copies them there.
+    assert places == [p.grad.data_ptr() for p in model.parameters()]
     return result
 
 

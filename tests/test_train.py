@@ -125,10 +125,14 @@ def test_golden_losses_of_the_preset(text, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_equals_eager(text, tmp_path):
-    for name in ("on", "off"):
-        options = ["--num_steps", 8, "--compile", name, "--log_dir", tmp_path, "--run_id", name]
-        result = run("tiny", *SMALL, *text, *options)
+    """All that is compiled is compiled in priming, or the summary says so. No batch of 6 ends the 64 rows evenly."""
+    size = ["--batch_tokens", 384, "--micro_batch", 6]
+    for name, options in dict(on=[], off=["--compile", "off"], late=["--prime_steps", 0]).items():
+        options = ["--num_steps", 8, "--compile", "on", *options, "--log_dir", tmp_path, "--run_id", name]
+        result = run("tiny", *SMALL, *text, *size, *options)
         assert result.returncode == 0, result.stderr
+        late = int(re.search(r"^late_compilations: (\d+)$", result.stdout, re.M)[1])
+        assert (late > 0) == (name == "late") == (f"error: {late} graphs compiled in training" in result.stdout)
     assert largest_difference(losses(tmp_path / "on"), losses(tmp_path / "off")) < 1e-3
 
 
@@ -207,8 +211,9 @@ def test_a_fork_adds_a_part_to_the_state_and_a_figure_to_the_log(text, tmp_path,
 
 def test_validation_is_a_plain_cross_entropy_whatever_is_trained_on(text, tmp_path, monkeypatch):
     """Of float64 sums over single rows. A training loss that is another, and a layer that drops out in training alone,
-    do not move it."""
-    c = train_gpt.make_config(train_gpt.parse_command_line(["tiny", *SMALL, *text, "--log_dir", str(tmp_path)]))
+    do not move it. All batches have one size, although 7 does not divide 40 rows."""
+    options = ["tiny", *SMALL, *text, "--val_tokens", "1280", "--log_dir", str(tmp_path)]
+    c, sizes = train_gpt.make_config(train_gpt.parse_command_line(options)), []
     with unchanged(), torch.no_grad():
         run = train_gpt.set_up(c, torch.device("cpu"), {})
         for p in run.model.parameters():
@@ -222,7 +227,10 @@ def test_validation_is_a_plain_cross_entropy_whatever_is_trained_on(text, tmp_pa
         monkeypatch.setattr(run.model, "loss", lambda x, targets: x.sum())
         monkeypatch.setattr(run.model, "hidden", lambda tokens: F.dropout(hidden(tokens), 0.5, run.model.training))
         assert not torch.equal(run.model.hidden(tokens), hidden(tokens))
+        run.micro_batch, plain = 7, run.validation_loss
+        run.validation_loss = lambda model, x, targets: sizes.append(len(x)) or plain(model, x, targets)
         assert train_gpt.evaluate(run, rows) == pytest.approx(total / c.val_tokens, rel=1e-6)
+        assert sizes == [7] * 6
         assert run.model.training
 
 
