@@ -22,8 +22,11 @@ import math
 import os
 import platform
 import signal
+import socket
 import sys
+import threading
 import time
+import traceback
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,15 +170,51 @@ def gather(value) -> list:
         dist.all_gather_object(values, value)
     return values
 
+def name_interface(master: str) -> None:
+    # gloo would offer the other nodes the address of this one's name, often 127.0.1.1. Has it
+    # offer that of the network interface that leads to the first node, on Linux with IPv4.
+    from fcntl import ioctl
+    probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    probe.connect((master, 9))  # sends nothing
+    address = probe.getsockname()[0]
+    shared = not address.startswith("127.") or master.startswith(("127.", "localhost"))
+    remedy = "no other node reaches; give its address, or set GLOO_SOCKET_IFNAME"
+    require(shared, f"MASTER_ADDR {master}: is {address} here, which {remedy}")
+    for _, name in socket.if_nameindex():
+        with contextlib.suppress(OSError):  # an interface without an address
+            found = ioctl(probe, 0x8915, name.encode().ljust(40, b"\0"))  # SIOCGIFADDR
+            if socket.inet_ntoa(found[20:24]) == address:
+                os.environ["GLOO_SOCKET_IFNAME"] = name
+
 def join_ranks(timeout: float) -> torch.device:
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"  # gloo carries the Python objects of `gather`
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    size = os.environ.get("WORLD_SIZE", "1")
+    one_node = os.environ.get("LOCAL_WORLD_SIZE", size) == size
+    if not one_node and not os.environ.get("GLOO_SOCKET_IFNAME"):
+        with contextlib.suppress(OSError, ImportError):
+            name_interface(os.environ["MASTER_ADDR"])
+    if int(size) > 1:
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
     return device
+
+def watch(hosts: list[str]) -> None:
+    # A thread of each rank. Once one has failed, all say which no longer answer, and end.
+    store, rank, size = next(dist.rendezvous("env://"))
+    lost = [0]  # with the store, which rank 0's launcher holds
+    with contextlib.suppress(RuntimeError):
+        while not store.check(["failed"]):
+            time.sleep(1)
+        store.set(f"alive {rank}", "")
+        time.sleep(3)
+        lost = [r for r in range(size) if not store.check([f"alive {r}"])]
+    names = ", ".join(f"rank {r} (host {hosts[r]})" for r in lost) or "no rank"
+    hint = "did one die, hang or pass --collective_timeout?"
+    print(f"rank {rank} of {size}: lost {names}; {hint}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 def log(run, text: str, console: bool = True) -> None:
     if ranks()[0] == 0:
@@ -768,13 +807,21 @@ def main(arguments: list[str]) -> int:
     try:
         resumed = load_checkpoint(given["resume"]) if given.get("resume") else {}
         c = make_config(given, resumed.get("config"))
-        return train(c, join_ranks(c.collective_timeout), resumed)
+        device = join_ranks(c.collective_timeout)
+        if ranks()[1] > 1:
+            hosts = gather(platform.node())
+            threading.Thread(target=watch, args=[hosts], daemon=True).start()
+        return train(c, device, resumed)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        hint = "did another rank die or pass --collective_timeout?"
-        raise RuntimeError(f"rank {ranks()[0]} of {ranks()[1]}: {hint}") from error
+    except RuntimeError:
+        if ranks()[1] == 1:
+            raise
+        traceback.print_exc()
+        next(dist.rendezvous("env://"))[0].set("failed", "")
+        time.sleep(10)  # `watch` ends the process
+        return 1
 
 if __name__ == "__main__":
     os._exit(main(sys.argv[1:]))  # without finalizers, in which gloo may abort
