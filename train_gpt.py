@@ -173,13 +173,14 @@ def gather(value) -> list:
 def name_interface(master: str) -> None:
     # gloo would offer the other nodes the address of this one's name, often 127.0.1.1. Has it
     # offer that of the network interface that leads to the first node, on Linux with IPv4.
-    from fcntl import ioctl
+    from fcntl import ioctl  # not on Windows
     probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     probe.connect((master, 9))  # sends nothing
     address = probe.getsockname()[0]
     shared = not address.startswith("127.") or master.startswith(("127.", "localhost"))
     remedy = "no other node reaches; give its address, or set GLOO_SOCKET_IFNAME"
     require(shared, f"MASTER_ADDR {master}: is {address} here, which {remedy}")
+
     for _, name in socket.if_nameindex():
         with contextlib.suppress(OSError):  # an interface without an address
             found = ioctl(probe, 0x8915, name.encode().ljust(40, b"\0"))  # SIOCGIFADDR
@@ -192,28 +193,33 @@ def join_ranks(timeout: float) -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"  # gloo carries the Python objects of `gather`
-    size = os.environ.get("WORLD_SIZE", "1")
-    one_node = os.environ.get("LOCAL_WORLD_SIZE", size) == size
-    if not one_node and not os.environ.get("GLOO_SOCKET_IFNAME"):
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))  # ranks of this node
+    if here < size and "GLOO_SOCKET_IFNAME" not in os.environ:
         with contextlib.suppress(OSError, ImportError):
             name_interface(os.environ["MASTER_ADDR"])
-    if int(size) > 1:
+    if size > 1:
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
     return device
 
 def watch(hosts: list[str]) -> None:
-    # A thread of each rank. Once one has failed, all say which no longer answer, and end.
+    # A thread of each rank. Once one has failed, each answers in the store, says which others
+    # do not, and ends. The launcher of rank 0 holds the store.
     store, rank, size = next(dist.rendezvous("env://"))
-    lost = [0]  # with the store, which rank 0's launcher holds
-    with contextlib.suppress(RuntimeError):
+    names = [f"rank {r} (host {host})" for r, host in enumerate(hosts)]
+    lost = [f"{names[0]} or its launcher"]
+    with contextlib.suppress(RuntimeError):  # the store is gone
         while not store.check(["failed"]):
-            time.sleep(1)
+            time.sleep(0.5)
         store.set(f"alive {rank}", "")
-        time.sleep(3)
-        lost = [r for r in range(size) if not store.check([f"alive {r}"])]
-    names = ", ".join(f"rank {r} (host {hosts[r]})" for r in lost) or "no rank"
+        for _ in range(3):
+            time.sleep(1)
+            lost = [names[r] for r in range(size) if not store.check([f"alive {r}"])]
+
+    time.sleep(2)  # a run that is over ends by itself
     hint = "did one die, hang or pass --collective_timeout?"
-    print(f"rank {rank} of {size}: lost {names}; {hint}", file=sys.stderr, flush=True)
+    text = f"rank {rank} of {size}: lost {', '.join(lost) or 'no rank'}; {hint}"
+    print(text, file=sys.stderr, flush=True)
     os._exit(1)
 
 def log(run, text: str, console: bool = True) -> None:
@@ -816,12 +822,11 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RuntimeError:
-        if ranks()[1] == 1:
-            raise
-        traceback.print_exc()
-        next(dist.rendezvous("env://"))[0].set("failed", "")
-        time.sleep(10)  # `watch` ends the process
-        return 1
+        if ranks()[1] > 1:
+            traceback.print_exc()
+            next(dist.rendezvous("env://"))[0].set("failed", "")
+            time.sleep(10)  # `watch` ends the process
+        raise
 
 if __name__ == "__main__":
     os._exit(main(sys.argv[1:]))  # without finalizers, in which gloo may abort
