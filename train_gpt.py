@@ -216,7 +216,7 @@ def watch(hosts: list[str]) -> None:
             time.sleep(1)
             lost = [names[r] for r in range(size) if not store.check([f"alive {r}"])]
 
-    time.sleep(2)  # a run that is over ends by itself
+    time.sleep(1)  # a run that is over ends by itself
     hint = "did one die, hang or pass --collective_timeout?"
     text = f"rank {rank} of {size}: lost {', '.join(lost) or 'no rank'}; {hint}"
     print(text, file=sys.stderr, flush=True)
