@@ -76,7 +76,8 @@ def one_node(text, tmp_path_factory):
         return losses(folder / "r")
 
     yield wait
-    process.kill()
+    process.terminate()     # and so its workers
+    process.wait(60)
 
 
 def start(node: int, *options) -> subprocess.Popen:
