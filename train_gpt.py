@@ -22,8 +22,11 @@ import math
 import os
 import platform
 import signal
+import socket
 import sys
+import threading
 import time
+import traceback
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,15 +170,57 @@ def gather(value) -> list:
         dist.all_gather_object(values, value)
     return values
 
+def name_interface(master: str) -> None:
+    # gloo would offer the other nodes the address of this one's name, often 127.0.1.1. Has it
+    # offer that of the network interface that leads to the first node, on Linux with IPv4.
+    from fcntl import ioctl  # not on Windows
+    probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    probe.connect((master, 9))  # sends nothing
+    address = probe.getsockname()[0]
+    shared = not address.startswith("127.") or master.startswith(("127.", "localhost"))
+    remedy = "no other node reaches; give its address, or set GLOO_SOCKET_IFNAME"
+    require(shared, f"MASTER_ADDR {master}: is {address} here, which {remedy}")
+
+    for _, name in socket.if_nameindex():
+        with contextlib.suppress(OSError):  # an interface without an address
+            found = ioctl(probe, 0x8915, name.encode().ljust(40, b"\0"))  # SIOCGIFADDR
+            if socket.inet_ntoa(found[20:24]) == address:
+                os.environ["GLOO_SOCKET_IFNAME"] = name
+
 def join_ranks(timeout: float) -> torch.device:
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"  # gloo carries the Python objects of `gather`
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))  # ranks of this node
+    if here < size and "GLOO_SOCKET_IFNAME" not in os.environ:
+        with contextlib.suppress(OSError, ImportError):
+            name_interface(os.environ["MASTER_ADDR"])
+    if size > 1:
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
     return device
+
+def watch(hosts: list[str]) -> None:
+    # A thread of each rank. Once one has failed, each answers in the store, says which others
+    # do not, and ends. The launcher of rank 0 holds the store.
+    store, rank, size = next(dist.rendezvous("env://"))
+    names = [f"rank {r} (host {host})" for r, host in enumerate(hosts)]
+    lost = [f"{names[0]} or its launcher"]
+    with contextlib.suppress(RuntimeError):  # the store is gone
+        while not store.check(["failed"]):
+            time.sleep(0.5)
+        store.set(f"alive {rank}", "")
+        for _ in range(3):
+            time.sleep(1)
+            lost = [names[r] for r in range(size) if not store.check([f"alive {r}"])]
+
+    time.sleep(1)  # a run that is over ends by itself
+    hint = "did one die, hang or pass --collective_timeout?"
+    text = f"rank {rank} of {size}: lost {', '.join(lost) or 'no rank'}; {hint}"
+    print(text, file=sys.stderr, flush=True)
+    os._exit(1)
 
 def log(run, text: str, console: bool = True) -> None:
     if ranks()[0] == 0:
@@ -783,13 +828,20 @@ def main(arguments: list[str]) -> int:
     try:
         resumed = load_checkpoint(given["resume"]) if given.get("resume") else {}
         c = make_config(given, resumed.get("config"))
-        return train(c, join_ranks(c.collective_timeout), resumed)
+        device = join_ranks(c.collective_timeout)
+        if ranks()[1] > 1:
+            hosts = gather(platform.node())
+            threading.Thread(target=watch, args=[hosts], daemon=True).start()
+        return train(c, device, resumed)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        hint = "did another rank die or pass --collective_timeout?"
-        raise RuntimeError(f"rank {ranks()[0]} of {ranks()[1]}: {hint}") from error
+    except RuntimeError:
+        if ranks()[1] > 1:
+            traceback.print_exc()
+            next(dist.rendezvous("env://"))[0].set("failed", "")
+            time.sleep(10)  # `watch` ends the process
+        raise
 
 if __name__ == "__main__":
     os._exit(main(sys.argv[1:]))  # without finalizers, in which gloo may abort

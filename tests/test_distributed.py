@@ -1,4 +1,4 @@
-"""Several ranks: the collectives of a step, the shared-out optimizer, and a rank that hangs."""
+"""Several ranks: the collectives of a step, the shared-out optimizer, and a rank that hangs or dies."""
 
 import multiprocessing
 import os
@@ -128,19 +128,22 @@ def test_the_ranks_share_the_orthogonalization(facts):
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_ends_the_run_with_a_message(text, tmp_path):
-    """One of two ranks is stopped (SIGSTOP): the other says which collective it waited for, and the run ends."""
-    options = [*SMALL, *text, "--num_steps", 100_000, "--collective_timeout", 5, "--log_dir", tmp_path, "--run_id", "r"]
+@pytest.mark.parametrize("number, nproc", [(signal.SIGSTOP, 2), (signal.SIGKILL, 3)])
+def test_the_others_name_a_rank_that_hangs_or_dies(text, tmp_path, number, nproc):
+    """Rank 1 is stopped, which --collective_timeout ends, or killed: each of the others names it alone."""
+    options = [*SMALL, *text, "--batch_tokens", 96 * nproc, "--num_steps", 100_000, "--collective_timeout", 5,
+               "--log_dir", tmp_path, "--run_id", "r"]
     process = subprocess.Popen(
-        command("tiny", *options, nproc=2),
+        command("tiny", *options, nproc=nproc),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
     try:
         wait_for(tmp_path / "r/log.txt", r"^step:20/")
         workers = [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
                    .stdout.split()]
-        os.kill(workers[1], signal.SIGSTOP)
+        os.kill(workers[1], number)
         output = process.communicate(timeout=90)[0]
     finally:
         process.kill()
     assert process.returncode != 0
-    assert re.search(r"rank 0 of 2: .*another rank.*--collective_timeout", output), output
+    found = re.findall(rf"rank (\d) of {nproc}: lost rank (\d) \([^,]*\); .*--collective_timeout", output)
+    assert sorted(found) == [(str(rank), "1") for rank in range(nproc) if rank != 1], output
