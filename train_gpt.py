@@ -171,7 +171,7 @@ def gather(value) -> list:
     return values
 
 def name_interface(master: str) -> None:
-    # gloo would offer the other nodes the address of this one's name, often 127.0.1.1. Has it
+    # gloo would offer other nodes the address of this one's name, often 127.0.1.1. Has it
     # offer that of the network interface that leads to the first node, on Linux with IPv4.
     from fcntl import ioctl  # not on Windows
     probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -203,8 +203,8 @@ def join_ranks(timeout: float) -> torch.device:
     return device
 
 def watch(hosts: list[str]) -> None:
-    # A thread of each rank. Once one has failed, each answers in the store, says which others
-    # do not, and ends. The launcher of rank 0 holds the store.
+    # A thread of each rank. Once one has failed, each answers in the store, says which
+    # others do not, and ends. The launcher of rank 0 holds the store.
     store, rank, size = next(dist.rendezvous("env://"))
     names = [f"rank {r} (host {host})" for r, host in enumerate(hosts)]
     lost = [f"{names[0]} or its launcher"]
