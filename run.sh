@@ -16,7 +16,7 @@ pins = [pin for pin in pins if pin.marker is None or pin.marker.evaluate()]
 sys.exit(not all(importlib.metadata.version(pin.name) in pin.specifier for pin in pins))'
 for candidate in python python3 .venv/bin/python python3.13 python3.12 python3.11 python3.10; do
     [ -z "$python" ] || break
-    if grep -hv '^-r' requirements.txt "$requirements" | "$candidate" -c "$has_pins" 2>/dev/null; then
+    if grep -hv '^[-#]' requirements.txt "$requirements" | "$candidate" -c "$has_pins" 2>/dev/null; then
         python=$candidate
     elif "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
         base=${base:-$candidate}

@@ -1,0 +1,144 @@
+"""The mode in which a program runs on the fake GPU of device.py, and what it records."""
+
+import collections
+import functools
+import sys
+import weakref
+from pathlib import Path
+
+import device
+import torch
+import torchgen
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools import fake_collectives  # noqa: F401  collectives of fake tensors
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from torchgen.gen import parse_native_yaml
+from torchgen.model import DispatchKey
+
+# What a tensor says that nobody computed: a loss that is finite, a flag that is set.
+NUMBERS = {torch.bool: True, torch.float32: 0.5, torch.float64: 0.5, torch.bfloat16: 0.5}
+FREE = ("prim.", "profiler.", "aten.empty", "aten.new_empty", "aten._unsafe_view", "aten.detach", "aten._reshape_alias")
+COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
+
+
+@functools.cache
+def cuda_operations() -> set[str]:
+    """The operations that torch's CUDA builds have a kernel for, by the list in torch's own wheel."""
+    folder = Path(torchgen.__file__).parent / "packaged/ATen/native"
+    parsed = parse_native_yaml(str(folder / "native_functions.yaml"), str(folder / "tags.yaml"))
+    cuda = parsed.backend_indices[DispatchKey.CUDA]
+    functions = {str(f.func.name): f for f in parsed.native_functions}
+    return {f"aten::{name}" for name, f in functions.items()
+            if f.has_composite_kernel or cuda.has_kernel(functions[str(f.structured_delegate or name)])}
+
+
+@functools.cache
+def has_cuda_kernel(function) -> bool:
+    name = function.name()
+    if name.startswith("aten::"):
+        return name in cuda_operations()
+    if name.startswith(("c10d::", "prim::", "prims::", "profiler::")):
+        return True
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+
+
+class Done(torch.distributed._Work):
+    """A collective that is over: torch's own fake one has no result, which DDP asks for."""
+    def __init__(self, tensors: list):
+        super().__init__()
+        self.tensors = tensors
+
+    def wait(self, timeout=None) -> bool:
+        return True
+
+    def get_future(self):
+        future = torch.futures.Future()
+        future.set_result(self.tensors)
+        return future
+
+
+class Recorder(FakeTensorMode):
+    """Follows a program whose source is the file `program`.
+
+    Bytes of memory are of storages on the GPU, each rounded up to the 512 of torch's allocator. A synchronisation is
+    named by the functions of the program that led to it.
+    """
+    def __init__(self, program: str):
+        super().__init__(allow_non_fake_inputs=True)
+        device.RECORDER, self.program = self, program
+        self.done = collections.deque(maxlen=1000)     # torch keeps no reference
+        self.live, self.logits, self.storages, self.kernels = 0, 0, {}, {}
+        self.start()
+
+    def start(self) -> None:
+        """Forgets what has run, but for the kernels, which are compiled once."""
+        self.peak, self.largest_float32, self.missing = self.live, 0, set()
+        self.synchronisations, self.graphs = collections.Counter(), counters["stats"]["unique_graphs"]
+        self.work = collections.defaultdict(lambda: [0, 0, 0])     # {kernel: [calls, operations, bytes]}
+        self.collectives = collections.defaultdict(lambda: [0, 0])     # {kind: [calls, bytes]}
+
+    def report(self) -> dict:
+        names = ("peak", "live", "logits", "largest_float32", "kernels", "work", "collectives", "synchronisations")
+        return {name: getattr(self, name) for name in names} | dict(
+            missing=sorted(self.missing), graphs=counters["stats"]["unique_graphs"] - self.graphs)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        on_gpu = [x for x in inputs if x.device.type == "cuda"]
+        if function is torch.ops.aten._local_scalar_dense.default:
+            if on_gpu:
+                self.synchronized("item")
+            return NUMBERS.get(inputs[0].dtype, 1)
+        if on_gpu and not has_cuda_kernel(function):
+            self.missing.add(str(function))
+        if function is torch.ops.c10d.allreduce_.default:
+            self.done.append(Done(args[0]))
+            result = args[0], self.done[-1].boxed()
+        else:
+            result = super().__torch_dispatch__(function, types, args, kwargs)
+
+        results = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        for x in results:
+            if x.device.type == "cuda":
+                self.track(x)
+        moved = {x.device.type for x in inputs + results} == {"cpu", "cuda"}
+        if function in COPIES and moved and not (kwargs or {}).get("non_blocking"):
+            self.synchronized("copy")
+        size = sum(x.numel() * x.itemsize for x in on_gpu + results)
+        if function.namespace == "c10d":
+            calls = self.collectives[function.name()]
+            calls[0], calls[1] = calls[0] + 1, calls[1] + sum(x.numel() * x.itemsize for x in on_gpu)
+        elif on_gpu and not function.is_view and not str(function).startswith(FREE):
+            count = flop_registry.get(function.overloadpacket)
+            operations = count(*args, **(kwargs or {}), out_val=result) if count else 0
+            self.ran(str(function), operations, size)
+        return result
+
+    def ran(self, name: str, operations: int, size: int) -> None:
+        work = self.work[name]
+        work[0], work[1], work[2] = work[0] + 1, work[1] + operations, work[2] + size
+
+    def synchronized(self, what: str) -> None:
+        """Notes that the host waits for the GPU here."""
+        names, frame = [what], sys._getframe()
+        while frame:
+            if frame.f_code.co_filename == self.program:
+                names.append(frame.f_code.co_name)
+            frame = frame.f_back
+        self.synchronisations[" < ".join(names)] += 1
+
+    def track(self, x: torch.Tensor) -> None:
+        storage = x.untyped_storage()
+        key, size = storage._cdata, -(-storage.nbytes() // 512) * 512
+        if key not in self.storages:
+            self.storages[key] = size
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            if x.dtype == torch.float32:
+                self.largest_float32 = max(self.largest_float32, size)
+            weakref.finalize(storage, self.free, key)
+
+    def free(self, key: int) -> None:
+        self.live -= self.storages.pop(key)
