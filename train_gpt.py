@@ -320,6 +320,36 @@ def rotate(x_BTHK, cos, sin):
     a, b = x_BTHK.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x_BTHK)
 
+def choose_attention(c: Config, device: torch.device) -> str:
+    # Leaves on the SDPA backend that is fastest on rank 0's GPU, forward and backward, and the
+    # plain one, for shapes that it refuses.
+    if device.type != "cuda":
+        return "torch SDPA"
+    x_BHTK = torch.randn(4, c.num_heads, c.seq_len, c.head_dim, device=device)
+    x_BHTK = x_BHTK.to(getattr(torch, c.dtype)).requires_grad_()
+    cuda, seconds = torch.backends.cuda, {}
+    switches = dict(cuDNN=cuda.enable_cudnn_sdp, flash=cuda.enable_flash_sdp,
+                    efficient=cuda.enable_mem_efficient_sdp, math=cuda.enable_math_sdp)
+
+    for name in switches:
+        for other, switch in switches.items():
+            switch(other == name)
+        with contextlib.suppress(RuntimeError):  # not on this GPU
+            for calls in (2, 20):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                for _ in range(calls):
+                    q = k = v = x_BHTK
+                    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+                    y.backward(y)
+                torch.cuda.synchronize()
+            seconds[name] = time.perf_counter() - start
+
+    chosen = gather(min(seconds, key=seconds.get))[0]
+    for name, switch in switches.items():
+        switch(name in (chosen, "math"))
+    return f"torch SDPA, {chosen}"
+
 class Attention(nn.Module):
     # q and k have unit RMS, which bounds q . k (arXiv:2010.04245).
     def __init__(self, c: Config):
@@ -581,15 +611,27 @@ def set_schedules(optimizers: dict, c: Config, step: int) -> None:
             if "momentum" in group:
                 group["momentum"] = muon_momentum(c, step)
 
-def micro_batch_rows(c: Config, rows: int, device: torch.device) -> int:
-    # How many of a step's rows a process runs at once: those of --micro_batch or, where that is 0,
-    # of 4,096 tokens on a CPU, for its caches, and of 8,192 for each 20 GB of a GPU.
+def planned_bytes(c: Config, rows: int, compiled: bool) -> float:
+    # A step's memory with so many rows at once, as the fake GPU of the tests measures it.
+    layer, logits = (18, 1.1) if compiled else (24, 8)  # values that a token keeps
+    matrices = 12 * c.num_layers * c.model_dim ** 2
+    values = layer * c.num_layers * c.model_dim + logits * c.padded_vocab_size
+    size = getattr(torch, c.dtype).itemsize * values * rows * c.seq_len
+    return size + 16 * (matrices + 2 * c.padded_vocab_size * c.model_dim)
+
+def micro_batch_rows(c: Config, rows: int, device: torch.device, compiled: bool) -> int:
+    # How many of a step's rows a process runs at once. --micro_batch 0: on a CPU those of
+    # 4,096 tokens, for its caches; on a GPU 65,536 tokens, or what 80% of its memory holds.
     share, left = divmod(rows, ranks()[1])
     require(left == 0, f"--nproc_per_node {ranks()[1]}: give a divisor of {rows} rows")
-    tokens = 4096
-    if device.type == "cuda":
-        tokens = 8192 * max(1, torch.cuda.mem_get_info(device)[1] // 20_000_000_000)
-    most = c.micro_batch or max(1, tokens // c.seq_len)
+    most = c.micro_batch or max(1, 4096 // c.seq_len)
+
+    if device.type == "cuda" and not c.micro_batch:
+        memory = 0.8 * torch.cuda.mem_get_info(device)[1]
+        most = max(1, 65536 // c.seq_len)
+        while most > 1 and planned_bytes(c, most, compiled) > memory:
+            most //= 2
+
     return max(n for n in range(1, share + 1) if share % n == 0 and n <= most)
 
 # ==== 7. Evaluation. Do not edit: it defines the target ===========================
@@ -603,7 +645,7 @@ def evaluate(run, rows: range) -> float:
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     for start in range(0, len(mine), size):
         part = mine[start:start + size]
-        # A batch of another size would be compiled anew: copies fill the last, and do not count.
+        # Another size would be compiled anew: copies fill the last batch, and do not count.
         tokens = run.val_rows.read([*part] + [part[0]] * (size - len(part)))
         tokens = tokens.to(run.device, torch.int64)
         targets = tokens[:, 1:].clone()
@@ -651,7 +693,6 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
         signal.signal(number, lambda number, frame: run.signals.append(number))
     sizes = [batch_rows(c, step) for step in range(c.num_steps)]
     run.starts = np.cumsum([0, *sizes]).tolist()
-    run.micro_batch = micro_batch_rows(c, sizes[0], device)
     run.train_rows = Rows("train_files", c.train_files, c, run.starts[-1])
     run.val_rows = Rows("val_files", c.val_files, c, c.val_tokens // c.seq_len)
     fits = run.val_rows.count * c.seq_len >= c.val_tokens
@@ -663,16 +704,18 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
     new_id = f"{c.track}_{time.strftime('%Y%m%d-%H%M%S')}_{os.urandom(4).hex()}"
     run.config = c = dataclasses.replace(
         c, run_id=gather(c.run_id or new_id)[0], dtype=c.dtype.replace("auto", dtype))
+    run.compiled = c.compile == "on" or (c.compile == "auto" and device.type == "cuda")
+    run.micro_batch = gather(micro_batch_rows(c, sizes[0], device, run.compiled))[0]
     run.folder = Path(c.log_dir, c.run_id)
     taken = gather((run.folder / "log.txt").exists())[0] and not resumed
     require(not taken, f"--run_id {c.run_id}: has run already; give another")
     run.folder.mkdir(parents=True, exist_ok=True)
+    run.attention = choose_attention(c, device)
     torch.manual_seed(c.seed)
     run.model = run.ddp = GPT(c).initialize().to(device)
     run.optimizers, run.table = make_optimizers(run.model, c)
     run.state = State(model=run.model, **run.optimizers)
     run.validation_loss = validation_loss
-    run.compiled = c.compile == "on" or (c.compile == "auto" and device.type == "cuda")
     if run.compiled:
         # Block by block: nearly as fast as the whole model, in a fraction of the time. Blocks
         # are DDP's buckets already, and need not be split at their bounds.
@@ -698,7 +741,7 @@ data sha256: train {run.sha256["train"]}, val {run.sha256["val"]}
 source: sha256 {hashlib.sha256(source.encode()).hexdigest()}, git {git}
 versions: python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}
 hardware: {describe_hardware(run.device)}
-kernels: attention torch SDPA; {c.dtype}; torch.compile {run.compiled}
+kernels: attention {run.attention}; {c.dtype}; torch.compile {run.compiled}
 data: {run.starts[1]} rows a step, {run.micro_batch} at once; {epochs:.2f} epochs{run.table}""")
     log(run, f"config: {json.dumps(vars(c))}", console=False)
 

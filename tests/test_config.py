@@ -95,7 +95,7 @@ def test_micro_batch(rows, processes, micro_batch, expected, monkeypatch):
     monkeypatch.setattr(train_gpt, "ranks", lambda: (0, processes))
     c = train_gpt.make_config(dict(track="tiny", micro_batch=micro_batch, seq_len=256))
     if expected is not None:
-        assert train_gpt.micro_batch_rows(c, rows, torch.device("cpu")) == expected
+        assert train_gpt.micro_batch_rows(c, rows, torch.device("cpu"), False) == expected
     else:
         with pytest.raises(train_gpt.RunError, match=f"{processes}.*{rows} rows"):
-            train_gpt.micro_batch_rows(c, rows, torch.device("cpu"))
+            train_gpt.micro_batch_rows(c, rows, torch.device("cpu"), False)

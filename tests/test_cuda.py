@@ -1,5 +1,6 @@
 """What only a GPU can show; bench/gpu.sh runs these on one."""
 
+import contextlib
 import re
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from conftest import SMALL, losses, run
 from test_model import small_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train_gpt
 
@@ -21,6 +23,30 @@ def test_bf16_forward_against_float64():
         expected = exact.logits(exact.hidden(tokens)).double()
         logits = model.logits(model.hidden(tokens.cuda())).double().cpu()
     assert (logits - expected).norm() / expected.norm() < 0.03
+
+
+def test_each_attention_of_this_gpu_against_float64():
+    """The probe leaves on the one that it names, and what each of them gives is right to bf16's rounding."""
+    c = train_gpt.make_config(dict(track="small", dtype="bfloat16"))
+    chosen = train_gpt.choose_attention(c, torch.device("cuda", 0))
+    on = dict(cuDNN=torch.backends.cuda.cudnn_sdp_enabled(), flash=torch.backends.cuda.flash_sdp_enabled(),
+              efficient=torch.backends.cuda.mem_efficient_sdp_enabled(), math=torch.backends.cuda.math_sdp_enabled())
+    assert chosen in [f"torch SDPA, {name}" for name in on if on[name]] and on["math"] and sum(on.values()) <= 2
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dy = torch.randn(4, 2, 3, 256, 128, dtype=torch.float64, generator=generator)
+    qkv = [x.clone().requires_grad_() for x in (q, k, v)]
+    exact = torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=True)
+    exact.backward(dy)
+    tried = 0
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        inputs = [x.bfloat16().cuda().requires_grad_() for x in (q, k, v)]
+        with sdpa_kernel(backend), contextlib.suppress(RuntimeError):
+            y = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
+            y.backward(dy.bfloat16().cuda())
+            for x, right in zip([y, *(x.grad for x in inputs)], [exact, *(x.grad for x in qkv)], strict=True):
+                assert (x.double().cpu() - right).norm() / right.norm() < 0.02, backend
+            tried += 1
+    assert tried
 
 
 @pytest.mark.parametrize("shape", [(4, 512, 768), (2, 768, 3072)])

@@ -54,8 +54,8 @@ def test_a_whole_run_has_no_problem(reports, name):
     log, report = reports[name]
     assert report["problems"] == []
     assert report["kernels"], "nothing was compiled"
-    for line in ("kernels: .*bfloat16.*True", "checkpoint: .* at step 2/3", "step:3/3 val_loss:.*",
-                 "late_compilations: 0"):
+    for line in ("kernels: attention torch SDPA, flash; bfloat16; torch.compile True", "late_compilations: 0",
+                 "checkpoint: .* at step 2/3", "step:3/3 val_loss:.*"):
         assert re.search(f"^{line}$", log, re.MULTILINE), line
 
 
@@ -65,6 +65,17 @@ def test_what_waits_for_the_gpu(reports, name):
     found = reports[name][1]["synchronisations"]
     places = {re.sub(".* < (read_steps|validate|save) < .*", r"\1", place) for place in found}
     assert places == {"read_steps", "validate", "save"}
+
+
+@pytest.mark.upstream
+@pytest.mark.parametrize("name", CLEAN)
+def test_the_planned_memory(reports, name):
+    """That from which --micro_batch 0 follows: all that a step takes, and little more."""
+    log, report = reports[name]
+    rows = int(re.search("^data: .* rows a step, (.*) at once", log, re.MULTILINE)[1])
+    c = train_gpt.make_config(dict(track="small", dtype="bfloat16"))
+    assert rows == 64
+    assert 0.85 < report["peak"] / train_gpt.planned_bytes(c, rows, compiled=True) < 1.03
 
 
 @pytest.mark.upstream

@@ -34,7 +34,7 @@ def missing() -> str:
 
 
 def load_hooks() -> None:
-    """Compiles hooks.cpp, in about 3 s, and loads it."""
+    """Compiles hooks.cpp, in about 3 s, loads it, and imports torch."""
     assert "torch" not in sys.modules, "load the hooks before torch is imported"
     torch_folder = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
     with tempfile.TemporaryDirectory() as folder:
@@ -43,7 +43,9 @@ def load_hooks() -> None:
             ["g++", "-O1", "-std=c++20", "-shared", "-fPIC", Path(__file__).with_name("hooks.cpp"), "-o", library,
              f"-I{torch_folder}/include", f"-I{torch_folder}/include/torch/csrc/api/include", f"-L{torch_folder}/lib",
              "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_folder}/lib"], check=True)
-        ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+        hooks = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+    import torch  # noqa: F401
+    hooks.replace_guard()
 
 
 def install(capability: str) -> None:

@@ -17,22 +17,27 @@ struct FakeHooks : CUDAHooksInterface {
   DeviceIndex deviceCount() const override { return 8; }
   DeviceIndex getCurrentDevice() const override { return 0; }
 };
-C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, FakeHooks)
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, FakeHooks)
 }  // namespace at
 
 namespace {
-C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::FakeGuardImpl<c10::DeviceType::CUDA>);
 
 int64_t choose_attention(const at::Tensor& query, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
                          double, bool, std::optional<double>, bool) {
+  // Of the kernels that are on: flash for 16 bits, memory-efficient for 32. There is no cuDNN.
   bool half = query.scalar_type() == at::kBFloat16 || query.scalar_type() == at::kHalf;
-  if (half && at::globalContext().userEnabledFlashSDP()) return int64_t(at::SDPBackend::flash_attention);
-  if (at::globalContext().userEnabledMemEfficientSDP()) return int64_t(at::SDPBackend::efficient_attention);
-  if (half && at::globalContext().userEnabledCuDNNSDP()) return int64_t(at::SDPBackend::cudnn_attention);
+  const auto& context = at::globalContext();
+  if (half && context.userEnabledFlashSDP()) return int64_t(at::SDPBackend::flash_attention);
+  if (!half && context.userEnabledMemEfficientSDP()) return int64_t(at::SDPBackend::efficient_attention);
+  TORCH_CHECK(context.userEnabledMathSDP(), "No available kernel. Aborting execution.");
   return int64_t(at::SDPBackend::math);
 }
 
-struct Choice {
-  Choice() { at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(choose_attention); }
-} choice;
 }  // namespace
+
+// Called once torch is there, since a CUDA build has its own.
+extern "C" void replace_guard() {
+  static c10::impl::FakeGuardImpl<c10::DeviceType::CUDA> guard;
+  c10::impl::registerDeviceGuard(c10::DeviceType::CUDA, &guard);
+  at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(choose_attention);
+}

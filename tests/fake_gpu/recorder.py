@@ -76,7 +76,8 @@ class Recorder(FakeTensorMode):
         """Forgets what has run, but for the kernels, which are compiled once."""
         self.peak, self.largest_float32, self.missing = self.live, 0, set()
         self.synchronisations, self.graphs = collections.Counter(), counters["stats"]["unique_graphs"]
-        self.work = collections.defaultdict(lambda: [0, 0, 0])     # {kernel: [calls, operations, bytes]}
+        self.in_step = False
+        self.work = collections.defaultdict(lambda: [0, 0, 0])     # of steps: {kernel: [calls, operations, bytes]}
         self.collectives = collections.defaultdict(lambda: [0, 0])     # {kind: [calls, bytes]}
 
     def report(self) -> dict:
@@ -111,12 +112,16 @@ class Recorder(FakeTensorMode):
             calls = self.collectives[function.name()]
             calls[0], calls[1] = calls[0] + 1, calls[1] + sum(x.numel() * x.itemsize for x in on_gpu)
         elif on_gpu and not function.is_view and not str(function).startswith(FREE):
-            count = flop_registry.get(function.overloadpacket)
+            count, name = flop_registry.get(function.overloadpacket), str(function)
             operations = count(*args, **(kwargs or {}), out_val=result) if count else 0
-            self.ran(str(function), operations, size)
+            if count:
+                name += " " + " ".join("x".join(map(str, x.shape)) for x in inputs[-2:])
+            self.ran(name, operations, size)
         return result
 
     def ran(self, name: str, operations: int, size: int) -> None:
+        if not self.in_step:
+            return
         work = self.work[name]
         work[0], work[1], work[2] = work[0] + 1, work[1] + operations, work[2] + size
 

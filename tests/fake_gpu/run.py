@@ -46,7 +46,7 @@ def real(function):
 
 
 def replace_in_trainer(recorder: Recorder) -> None:
-    """All that the trainer does with numbers, and the start of the record after its priming."""
+    """All that the trainer does with numbers; the record begins after its priming, and notes the work of its steps."""
     for name in ("open_shard", "gather", "permutation"):
         setattr(train_gpt, name, real(getattr(train_gpt, name)))
     read, prime, start_group = real(train_gpt.Rows.read), train_gpt.prime, dist.init_process_group
@@ -57,6 +57,14 @@ def replace_in_trainer(recorder: Recorder) -> None:
         recorder.start()
         recorder.logits = 4 * run.micro_batch * run.config.seq_len * run.config.padded_vocab_size     # bytes in float32
     train_gpt.prime = prime_and_start
+
+    step = train_gpt.train_step
+
+    def train_step(*args):
+        recorder.in_step = True
+        step(*args)
+        recorder.in_step = False
+    train_gpt.train_step = train_step
 
     def start_fake_group(backend, **settings):
         with unset_fake_temporarily():
