@@ -619,19 +619,14 @@ def planned_bytes(c: Config, rows: int, compiled: bool) -> float:
     size = getattr(torch, c.dtype).itemsize * values * rows * c.seq_len
     return size + 16 * (matrices + 2 * c.padded_vocab_size * c.model_dim)
 
-def micro_batch_rows(c: Config, rows: int, device: torch.device, compiled: bool) -> int:
-    # How many of a step's rows a process runs at once. --micro_batch 0: on a CPU those of
-    # 4,096 tokens, for its caches; on a GPU 65,536 tokens, or what 80% of its memory holds.
-    share, left = divmod(rows, ranks()[1])
-    require(left == 0, f"--nproc_per_node {ranks()[1]}: give a divisor of {rows} rows")
-    most = c.micro_batch or max(1, 4096 // c.seq_len)
-
-    if device.type == "cuda" and not c.micro_batch:
-        memory = 0.8 * torch.cuda.mem_get_info(device)[1]
-        most = max(1, 65536 // c.seq_len)
-        while most > 1 and planned_bytes(c, most, compiled) > memory:
-            most //= 2
-
+def micro_batch_rows(c: Config, share: int, memory: float, compiled: bool) -> int:
+    # How many of a rank's share of rows run at once. --micro_batch 0: on a CPU (memory 0) those
+    # of 4,096 tokens, for its caches; on a GPU 65,536 tokens, or what 80% of its memory holds.
+    most = c.micro_batch or max(1, (65536 if memory else 4096) // c.seq_len)
+    while memory and not c.micro_batch and most > 1:
+        if planned_bytes(c, most, compiled) < 0.8 * memory:
+            break
+        most //= 2
     return max(n for n in range(1, share + 1) if share % n == 0 and n <= most)
 
 # ==== 7. Evaluation. Do not edit: it defines the target ===========================
@@ -693,6 +688,8 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
         signal.signal(number, lambda number, frame: run.signals.append(number))
     sizes = [batch_rows(c, step) for step in range(c.num_steps)]
     run.starts = np.cumsum([0, *sizes]).tolist()
+    share, left = divmod(sizes[0], ranks()[1])
+    require(left == 0, f"--nproc_per_node {ranks()[1]}: give a divisor of {sizes[0]} rows")
     run.train_rows = Rows("train_files", c.train_files, c, run.starts[-1])
     run.val_rows = Rows("val_files", c.val_files, c, c.val_tokens // c.seq_len)
     fits = run.val_rows.count * c.seq_len >= c.val_tokens
@@ -705,7 +702,8 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
     run.config = c = dataclasses.replace(
         c, run_id=gather(c.run_id or new_id)[0], dtype=c.dtype.replace("auto", dtype))
     run.compiled = c.compile == "on" or (c.compile == "auto" and device.type == "cuda")
-    run.micro_batch = gather(micro_batch_rows(c, sizes[0], device, run.compiled))[0]
+    memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
+    run.micro_batch = micro_batch_rows(c, share, min(gather(memory)), run.compiled)
     run.folder = Path(c.log_dir, c.run_id)
     taken = gather((run.folder / "log.txt").exists())[0] and not resumed
     require(not taken, f"--run_id {c.run_id}: has run already; give another")

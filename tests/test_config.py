@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, run, train
+from conftest import ROOT, SMALL, run, train, unchanged
 
 import train_gpt
 
@@ -87,15 +87,27 @@ def test_every_group_of_every_optimizer_follows_the_schedules():
         assert group.get("momentum", train_gpt.muon_momentum(c, 80)) == train_gpt.muon_momentum(c, 80)
 
 
-@pytest.mark.parametrize("rows, processes, micro_batch, expected", [
-    (16, 1, 0, 16), (16, 2, 0, 8), (64, 1, 0, 16), (48, 1, 0, 16), (16, 2, 3, 2), (16, 3, 0, None), (16, 2, 64, 8),
-    (16, 2, 4, 4)])
-def test_micro_batch(rows, processes, micro_batch, expected, monkeypatch):
-    """The most that divide a process's share, up to the option or 4,096 tokens; a share that is no whole is refused."""
-    monkeypatch.setattr(train_gpt, "ranks", lambda: (0, processes))
+@pytest.mark.parametrize("share, micro_batch, expected", [
+    (16, 0, 16), (8, 0, 8), (64, 0, 16), (48, 0, 16), (8, 3, 2), (8, 64, 8), (8, 4, 4)])
+def test_micro_batch_on_a_cpu(share, micro_batch, expected):
+    """The most that divide a process's share, up to the option or 4,096 tokens."""
     c = train_gpt.make_config(dict(track="tiny", micro_batch=micro_batch, seq_len=256))
-    if expected is not None:
-        assert train_gpt.micro_batch_rows(c, rows, torch.device("cpu"), False) == expected
-    else:
-        with pytest.raises(train_gpt.RunError, match=f"{processes}.*{rows} rows"):
-            train_gpt.micro_batch_rows(c, rows, torch.device("cpu"), False)
+    assert train_gpt.micro_batch_rows(c, share, 0, False) == expected
+
+
+@pytest.mark.parametrize("memory, compiled, micro_batch, expected", [
+    (80e9, True, 0, 64), (40e9, True, 0, 64), (24e9, True, 0, 32), (80e9, False, 0, 32), (24e9, False, 0, 8),
+    (1e9, True, 0, 1), (24e9, True, 256, 256)])
+def test_micro_batch_on_a_gpu(memory, compiled, micro_batch, expected):
+    """Of small: powers of two whose planned memory is below 80% of the GPU's, up to 65,536 tokens."""
+    c = train_gpt.make_config(dict(track="small", micro_batch=micro_batch, dtype="bfloat16"))
+    assert train_gpt.micro_batch_rows(c, 512, memory, compiled) == expected
+    if not micro_batch and expected > 1:
+        assert train_gpt.planned_bytes(c, expected, compiled) < 0.8 * memory
+
+
+def test_processes_that_do_not_divide_the_batch(monkeypatch):
+    monkeypatch.setattr(train_gpt, "ranks", lambda: (0, 3))
+    c = train_gpt.make_config(dict(track="tiny", batch_tokens=4096, seq_len=256))
+    with unchanged(), pytest.raises(train_gpt.RunError, match="nproc_per_node 3: give a divisor of 16 rows"):
+        train_gpt.set_up(c, torch.device("cpu"), {})

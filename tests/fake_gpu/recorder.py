@@ -78,7 +78,7 @@ class Recorder(FakeTensorMode):
         self.synchronisations, self.graphs = collections.Counter(), counters["stats"]["unique_graphs"]
         self.in_step = False
         self.work = collections.defaultdict(lambda: [0, 0, 0])     # of steps: {kernel: [calls, operations, bytes]}
-        self.collectives = collections.defaultdict(lambda: [0, 0])     # {kind: [calls, bytes]}
+        self.collectives = collections.defaultdict(lambda: [0, 0])     # {kind and dtype: [calls, bytes]}
 
     def report(self) -> dict:
         names = ("peak", "live", "logits", "largest_float32", "kernels", "work", "collectives", "synchronisations")
@@ -107,9 +107,10 @@ class Recorder(FakeTensorMode):
         moved = {x.device.type for x in inputs + results} == {"cpu", "cuda"}
         if function in COPIES and moved and not (kwargs or {}).get("non_blocking"):
             self.synchronized("copy")
-        size = sum(x.numel() * x.itemsize for x in on_gpu + results)
+        read = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]     # not kwargs' `out`
+        size = sum(x.numel() * x.itemsize for x in read + results)
         if function.namespace == "c10d":
-            calls = self.collectives[function.name()]
+            calls = self.collectives[f"{function.name()} {str(on_gpu[0].dtype)[6:]}"]
             calls[0], calls[1] = calls[0] + 1, calls[1] + sum(x.numel() * x.itemsize for x in on_gpu)
         elif on_gpu and not function.is_view and not str(function).startswith(FREE):
             count, name = flop_registry.get(function.overloadpacket), str(function)

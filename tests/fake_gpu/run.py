@@ -13,6 +13,7 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import device
 
@@ -70,8 +71,11 @@ def replace_in_trainer(recorder: Recorder) -> None:
         with unset_fake_temporarily():
             start_group(backend.replace("nccl", "fake"), **settings)
     dist.init_process_group = start_fake_group
-    # DDP compares numbers: the shapes of all ranks, and the order in which gradients came.
-    torch.nn.parallel.distributed._verify_param_shape_across_processes = lambda *args: True
+    # DDP compares the shapes of all ranks. It begins with one bucket, and makes those of 25 MiB of the order in which
+    # gradients came: both need numbers, so here it begins with the latter.
+    ddp = torch.nn.parallel.distributed
+    ddp._verify_param_shape_across_processes = lambda *args: True
+    ddp.sys = SimpleNamespace(maxsize=25 * 2**20)
     dist.Reducer._rebuild_buckets = lambda self: False
     dist.Logger.set_runtime_stats_and_log = lambda self: None     # reads a GPU's timer
 
@@ -144,10 +148,11 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--fault", choices=faults.FAULTS, action="append", default=[])
     options, arguments = parser.parse_known_args()
+    c = train_gpt.make_config(train_gpt.parse_command_line(arguments))
     with tempfile.TemporaryDirectory() as folder:
-        for name, tokens in dict(train=2_000_000, val=200_000).items():
-            with ShardWriter(Path(folder) / f"{name}_000000.bin", 50257) as shard:
-                shard.write(np.zeros(tokens, "<u2"))
+        for name, tokens in dict(train=2_000_000, val=c.val_tokens).items():
+            with ShardWriter(Path(folder) / f"{name}_000000.bin", c.vocab_size) as shard:
+                shard.write(np.zeros(tokens + 1, "<u2"))
         arguments += ["--train_files", f"{folder}/train_*.bin", "--val_files", f"{folder}/val_*.bin",
                       "--log_dir", f"{folder}/logs"]
         report = run(options.capability, options.ranks, options.fault, arguments)
