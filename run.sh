@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained model and its plot:
 #   ./run.sh [TRACK] [--field value ...]     environment, data, training, plot; --help lists the fields
+#   ./run.sh TRACK --preflight               instead of the training, 20 steps: time, memory and advice (tools/preflight.py)
 #   ./run.sh env requirements.txt            prints the interpreter to use, making .venv where it is needed
 # Without a track: small on a GPU with compute capability 8.0 and 20 GB, otherwise tiny. PYTHON=python3.12 ./run.sh
 # takes that interpreter as it is. NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT go to torchrun.
@@ -32,6 +33,12 @@ fi
 "$python" -c 'from importlib.metadata import version as v; assert [*map(int, v("torch").split(".")[:2])] >= [2, 11]' \
     2>/dev/null || { echo "run.sh: PYTHON=$python has no torch 2.11 or newer; name another, or none" >&2; exit 1; }
 
+preflight=''
+for argument in "$@"; do
+    shift
+    if [ "$argument" = --preflight ]; then preflight=yes; else set -- "$@" "$argument"; fi
+done
+
 # What the run will be, by the trainer's own reading of the command line.
 case " $* " in *" --help "* | *" -h "*) exec "$python" train_gpt.py --help ;; esac
 plan=$("$python" -c '
@@ -60,6 +67,7 @@ checked=$(IFS=; "$python" data/shards.py verify $train_files $val_files) ||     
     { grep -v ': good: ' <<<"$checked" >&2; exit 1; }
 
 processes=${NPROC_PER_NODE:-$processes} rendezvous=--standalone
+[ -z "$preflight" ] || exec "$python" tools/preflight.py --processes "$processes" ${chosen:+"$chosen"} "$@"
 [ "${NNODES:-1}" = 1 ] || rendezvous="--nnodes=$NNODES --node_rank=$NODE_RANK --master_addr=$MASTER_ADDR
     --master_port=${MASTER_PORT:-29500}"
 launch=("$python" -m torch.distributed.run $rendezvous --nproc_per_node="$processes")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, losses, run
+from conftest import SMALL, losses, run, train
 from test_model import small_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -92,6 +92,23 @@ def test_a_run_learns_in_any_way_and_resumes(text, tmp_path):
     assert float(eager["val", 20]) < float(eager["train", 1]) - 0.3
     for name, tolerance in {"on": 0.05, "two": 0.02, "again/off": 0.02}.items():
         assert all(abs(float(loss) - float(eager[key])) < tolerance for key, loss in losses(tmp_path / name).items())
+
+
+def test_a_step_of_training_never_waits_for_the_gpu(text, tmp_path, monkeypatch):
+    """What tests/fake_gpu counts, by torch's own check: an error where the host would wait inside a step."""
+    step, primed = train_gpt.train_step, []
+
+    def checked_step(run, tokens):
+        torch.cuda.set_sync_debug_mode("error" if hasattr(run, "prime_seconds") else "default")
+        try:
+            step(run, tokens)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        primed.append(hasattr(run, "prime_seconds"))
+    monkeypatch.setattr(train_gpt, "train_step", checked_step)
+    assert train("tiny", *SMALL, *text, "--dtype", "bfloat16", "--log_dir", tmp_path, "--run_id", "r") == 0
+    assert primed.count(True) == 20
+    assert re.search("^late_compilations: 0$", (tmp_path / "r/log.txt").read_text(), re.MULTILINE)
 
 
 def test_the_loader_gives_the_gpu_the_cpus_batches(text):

@@ -68,6 +68,8 @@ def steps(track: str, launched: str) -> list[str]:
 @pytest.mark.parametrize("arguments, variables, status, lines", [
     ("", {}, 0, steps("tiny", "train_gpt.py tiny")),
     ("--num_steps 5", EIGHT, 0, steps("small", TORCHRUN + "8 train_gpt.py small --num_steps 5")),
+    ("--preflight --num_steps 5", EIGHT, 0,
+     [*steps("small", "")[:2], "tools/preflight.py --processes 8 small --num_steps 5"]),
     ("small", EIGHT | NODES, 0, steps("small", ONE_OF_TWO + "train_gpt.py small")[:-1]),     # the other node plots
     ("tiny --train_files m*.bin --val_files=v.bin --run_id r --log_dir a", dict(NPROC_PER_NODE="2", FAILS="plot"), 0, [
         "data/shards.py verify m*.bin v.bin",

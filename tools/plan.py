@@ -24,6 +24,9 @@ from runs import ROOT
 
 import train_gpt
 
+sys.path.append(str(ROOT / "tests"))
+from fake_gpu.device import missing  # noqa: E402
+
 PARTS = ("matrices of the blocks", "lm_head", "attention", "between matrices", "loss", "Newton-Schulz",
          "optimizers and the rest", "all-reduce that nothing hides")
 BANDWIDTH_FRACTION, SHORTEST = 0.85, 4e-6       # of a GPU's bandwidth; seconds of the shortest kernel
@@ -54,6 +57,8 @@ CHECKED = {"record 9": 0.1548, "record 10": 0.1447, "record 11": 0.1450}
 
 def trace(arguments: list[str], c: train_gpt.Config, ranks: int) -> dict:
     """What one step of rank 0 of `ranks` does: the report of tests/fake_gpu/run.py."""
+    if missing():
+        sys.exit(f"plan.py: {missing()}")
     options = dict(num_steps=1, prime_steps=1, val_every=0, save_every=0, val_tokens=c.seq_len)
     command = [sys.executable, ROOT / "tests/fake_gpu/run.py", "--ranks", str(ranks), *arguments]
     result = subprocess.run([*command, *(f"--{name}={value}" for name, value in options.items())],
