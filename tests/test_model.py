@@ -65,6 +65,23 @@ def test_forward_against_float64():
     assert loss.item() == pytest.approx(F.cross_entropy(expected[:-1], tokens[0, 1:]).item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("length", [1, 100, 128, 300])
+def test_attention_of_a_cpu_against_float64(length):
+    """The plain products of bfloat16: output and gradients, to bf16's rounding."""
+    generator = torch.Generator().manual_seed(length)
+    q, k, v, dy = torch.randn(4, 2, 3, length, 40, generator=generator, dtype=torch.float64)
+    results = []
+    for dtype in (torch.float64, torch.bfloat16):
+        inputs = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
+        y = train_gpt.attend(*inputs, 0.24)
+        y.backward(dy.to(dtype))
+        results.append([y.detach(), *(x.grad for x in inputs)])
+    scores = (q @ k.mT * 0.24).masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -math.inf)
+    torch.testing.assert_close(results[0][0], scores.softmax(-1) @ v)
+    for right, found in zip(*results, strict=True):
+        assert (found.double() - right).norm() < 0.015 * (right.norm() + 0.1)     # of one token, two gradients are 0
+
+
 def test_causal():
     """Changing token t changes no output before t, and does change the output at t."""
     model = small_model()
