@@ -64,6 +64,8 @@ class Config:
     num_layers: int = 12
     num_heads: int = 6
     head_dim: int = 128  # channels
+    ngram_rows: int = 0  # of the hashed table of each n (0: off)
+    ngram_max: int = 4  # n from 2 on
     attention_scale: float = 0.12  # factor of q . k
     logit_softcap: float = 15.0  # c in c * tanh(logits / c)
     dtype: str = "auto"  # of activations; auto: by hardware
@@ -111,9 +113,10 @@ TRACKS = {
         train_files="data/tiny/train_*.bin", val_files="data/tiny/val_*.bin",
         train_sha256="8c50fa9a10abf3fef5d6cd34ceedb667a62d72251aba450c66b02e151bbedac6",
         val_sha256="709ddb7c9af041164ff67d6e516132236f9070f4f3d20eb9f4b26582240e3e11",
-        seq_len=256, num_layers=3, num_heads=4, head_dim=40, attention_scale=0.24,
-        batch_tokens=1024, embed_lr_ratio=30.0, normuon_beta2=0.95, val_every=500,
-        num_steps=840, cooldown_steps=630, momentum_warmup_steps=200)}
+        seq_len=128, num_layers=2, num_heads=4, head_dim=32, attention_scale=0.24,
+        ngram_rows=65_536, ngram_max=6, batch_tokens=1024, lr=0.003, embed_lr_ratio=30.0,
+        normuon_beta2=0.95, val_every=0, num_steps=330, cooldown_steps=250,
+        momentum_warmup_steps=200)}
 # A change of any other field makes another run.
 RESUME_MAY_CHANGE = set("""prepare train_files val_files micro_batch val_every save_every
     metrics_every resume log_dir run_id compile prime_steps collective_timeout""".split())
@@ -352,10 +355,12 @@ def choose_attention(c: Config, device: torch.device) -> str:
 
 def attend(q_BHTK, k_BHTK, v_BHTK, scale: float) -> torch.Tensor:
     # Causal attention. On a CPU torch's kernel for bfloat16 takes twice the time of plain
-    # products, for each 128 queries with the keys up to them.
-    if q_BHTK.device.type != "cpu" or q_BHTK.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True, scale=scale)
-    q, k, v = q_BHTK.flatten(0, 1), k_BHTK.flatten(0, 1), v_BHTK.flatten(0, 1)
+    # products, of 128 queries with the keys up to them.
+    q, k, v = q_BHTK, k_BHTK, v_BHTK
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     outputs, size = [], 128
     for start in range(0, q.size(1), size):
         queries = q[:, start:start + size]
@@ -396,26 +401,54 @@ class Block(nn.Module):
         x_BTD = x_BTD + self.attention(norm(x_BTD), *others)
         return x_BTD + self.mlp(norm(x_BTD))
 
+class Ngrams(nn.Module):
+    # Sums, for each token, the embeddings of the 2-, 3- ... grams that end with it, in rows of
+    # a table by their hash. A step touches few rows of it: autograd and DDP do not see the
+    # table, and RowAdam takes the rows' gradients from `touched`.
+    def __init__(self, c: Config):
+        super().__init__()
+        self.rows, self.sizes = c.ngram_rows, range(2, c.ngram_max + 1)
+        table = torch.empty(len(self.sizes) * c.ngram_rows, c.model_dim)
+        self.table = nn.Parameter(table, requires_grad=False)
+    def ids(self, tokens_BT):
+        ids, hashed = [], tokens_BT
+        for i, n in enumerate(self.sizes):
+            before = F.pad(tokens_BT, (n - 1, 0), value=-1)[:, :tokens_BT.size(1)]
+            hashed = hashed * 1_000_003 + before  # overflows alike everywhere
+            ids.append(hashed % self.rows + i * self.rows)
+        return torch.stack(ids)
+    def forward(self, tokens_BT):
+        ids = self.ids(tokens_BT)
+        rows = F.embedding(ids, self.table)
+        if torch.is_grad_enabled():
+            vars(self.table).setdefault("touched", []).append((ids, rows.requires_grad_()))
+        return rows.sum(0)
+
 class GPT(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.config = c
         self.embed = nn.Embedding(c.padded_vocab_size, c.model_dim)
+        self.ngrams = Ngrams(c) if c.ngram_rows else None
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.lm_head = Linear(c.model_dim, c.padded_vocab_size, bias=False)
     @torch.no_grad()
     def initialize(self) -> "GPT":
         # Draws the weights on the CPU, so that they are the same everywhere.
         std = 0.5 * self.config.model_dim ** -0.5
-        stds = dict(embed=1.0, lm_head=0.0, proj=0.0, qkv=std, up=std)
+        stds = {"embed.weight": 1.0, "lm_head.weight": 0.0, "proj.weight": 0.0, "table": 0.0,
+                "qkv.weight": std, "up.weight": std}
         generator = torch.Generator().manual_seed(self.config.seed)
         for name, p in self.named_parameters():
-            fits = [stds[layer] for layer in stds if name.endswith(f"{layer}.weight")]
+            fits = [stds[end] for end in stds if name.endswith(end)]
             require(fits, f"parameter {name}: add it to GPT.initialize")
             nn.init.normal_(p, 0.0, fits[0], generator)
         return self
     def hidden(self, tokens_BT):
-        x_BTD = norm(self.embed(tokens_BT).to(getattr(torch, self.config.dtype)))
+        x_BTD = self.embed(tokens_BT)
+        if self.ngrams:
+            x_BTD = x_BTD + self.ngrams(tokens_BT)
+        x_BTD = norm(x_BTD.to(getattr(torch, self.config.dtype)))
         cos, sin = rotary_tables(x_BTD.size(1), self.config.head_dim, x_BTD.device)
         for block in self.blocks:
             x_BTD = block(x_BTD, cos, sin)
@@ -565,6 +598,52 @@ class Muon(torch.optim.Optimizer):
         require(known, "Muon: the state is of another optimizer; start without it")
         super().load_state_dict(state_dict)
 
+class RowAdam(torch.optim.Optimizer):
+    """Adam without momentum, for the rows of a table (as in Ngrams) that a step touches.
+
+        s <- beta2 s + (1 - beta2) g^2;   w <- w - lr g / sqrt(s / (1 - beta2^t))
+
+    (arXiv:1412.6980, beta1 = 0.) An idle row keeps its weights and its s, as in SparseAdam.
+    Takes `touched` from the parameter: pairs of ids (...) and rows (..., D) with a gradient.
+    """
+    def __init__(self, params, lr: float, beta2: float = 0.99):
+        super().__init__(params, dict(lr=lr, beta2=beta2))
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.update(p, group["lr"], group["beta2"])
+    def update(self, p: torch.Tensor, lr: float, beta2: float) -> None:
+        touched = vars(p).pop("touched", [])
+        if not touched:
+            return
+
+        ids = gather_rows(torch.cat([ids.flatten() for ids, _ in touched]))
+        grads = gather_rows(torch.cat([rows.grad.flatten(0, -2) for _, rows in touched]))
+        # The sum of each row's gradients, at each of its places in ids; no size depends on
+        # how many differ, for which the host would wait.
+        ordered, order = ids.sort()
+        number = torch.empty_like(ids)
+        number[order] = F.pad(ordered.diff() != 0, (1, 0)).cumsum(0)
+        g = torch.zeros_like(grads).index_add_(0, number, grads)[number] / ranks()[1]
+
+        state = self.state[p]
+        if not state:
+            state.update(step=0, square=torch.zeros_like(p))
+        state["step"] += 1
+        square = state["square"][ids].lerp(g.square(), 1 - beta2)
+        state["square"][ids] = square
+        size = (square / (1 - beta2 ** state["step"])).sqrt().clamp_min(1e-10)
+        p[ids] -= lr * g / size
+
+def gather_rows(x: torch.Tensor) -> torch.Tensor:
+    # The tensors of all ranks, one after the other.
+    if ranks()[1] == 1:
+        return x
+    everyone = x.new_empty(ranks()[1] * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(everyone, x)
+    return everyone
+
 def make_muon(groups: list, c: Config, update_scale: str, accumulate: bool) -> Muon:
     return Muon(groups, momentum=c.momentum, beta2=c.normuon_beta2, accumulate=accumulate,
                 update_scale=update_scale, cautious=c.decay_kind == "cautious",
@@ -572,6 +651,7 @@ def make_muon(groups: list, c: Config, update_scale: str, accumulate: bool) -> M
                 momentum_dtype=getattr(torch, c.momentum_dtype))
 
 OPTIMIZERS = dict(
+    row_adam=lambda groups, c: RowAdam(groups, lr=c.lr),
     adamw=lambda groups, c: torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True),
     muon=lambda groups, c: make_muon(groups, c, c.update_scale, accumulate=False),
     orthogonal_nesterov=lambda groups, c: make_muon(groups, c, "none", accumulate=True))
@@ -583,7 +663,8 @@ def parameter_table(c: Config) -> list[tuple]:
     ratios = dict(muon=UPDATE_SCALES[c.update_scale][1], orthogonal_nesterov=10.0)
     matrix_lr = c.lr * (c.matrix_lr_ratio or ratios.get(matrix, 1.0))
     parts = dict(muon=3).get(matrix, 1)
-    return [
+    tables = [("ngrams.table", "row_adam", c.lr * c.embed_lr_ratio, 0.0, 1)]
+    return tables * bool(c.ngram_rows) + [
         ("lm_head.weight", "adamw", c.lr, c.adam_weight_decay, 1),
         ("*embed.weight", "adamw", c.lr * c.embed_lr_ratio, c.adam_weight_decay, 1),
         ("blocks.*.qkv.weight", matrix, matrix_lr, decay, parts),
@@ -635,8 +716,8 @@ def planned_bytes(c: Config, rows: int, compiled: bool) -> float:
     return size + 16 * (matrices + 2 * c.padded_vocab_size * c.model_dim)
 
 def micro_batch_rows(c: Config, share: int, memory: float, compiled: bool) -> int:
-    # How many of a rank's share of rows run at once. --micro_batch 0: on a CPU (memory 0) those
-    # of 4,096 tokens, for its caches; on a GPU 65,536 tokens, or what 80% of its memory holds.
+    # How many of a rank's share of rows run at once. --micro_batch 0: on a CPU (memory 0)
+    # 4,096 tokens, for its caches; on a GPU 65,536, or what 80% of its memory holds.
     most = c.micro_batch or max(1, (65536 if memory else 4096) // c.seq_len)
     while memory and not c.micro_batch and most > 1:
         if planned_bytes(c, most, compiled) < 0.8 * memory:
@@ -655,7 +736,7 @@ def evaluate(run, rows: range) -> float:
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     for start in range(0, len(mine), size):
         part = mine[start:start + size]
-        # Another size would be compiled anew: copies fill the last batch, and do not count.
+        # Another size would be compiled anew: copies fill the last batch, uncounted.
         tokens = run.val_rows.read([*part] + [part[0]] * (size - len(part)))
         tokens = tokens.to(run.device, torch.int64)
         targets = tokens[:, 1:].clone()
@@ -667,7 +748,7 @@ def evaluate(run, rows: range) -> float:
 
 # ==== 8. Checkpoints ==============================================================
 class State:
-    # What training changes, and so what a checkpoint holds. A part may be any object that has
+    # What training changes, and so what a checkpoint holds. A part is any object with
     # state_dict and load_state_dict, such as an average of the weights.
     def __init__(self, **parts):
         self.step, self.seconds, self.parts = 0, 0.0, parts
@@ -730,8 +811,8 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
     run.state = State(model=run.model, **run.optimizers)
     run.validation_loss = validation_loss
     if run.compiled:
-        # Block by block: nearly as fast as the whole model, in a fraction of the time. Blocks
-        # are DDP's buckets already, and need not be split at their bounds.
+        # Block by block: nearly as fast as the whole model, in a fraction of the time. DDP
+        # need not split blocks at the bounds of its buckets.
         torch._dynamo.config.optimize_ddp = False
         for block in run.model.blocks:
             block.compile(dynamic=False)

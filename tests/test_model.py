@@ -10,13 +10,24 @@ import train_gpt
 
 
 def small_model(**fields) -> train_gpt.GPT:
-    given = dict(track="tiny", num_layers=2, num_heads=2, head_dim=16, seq_len=32, batch_tokens=32, dtype="float32")
+    given = dict(track="tiny", num_layers=2, num_heads=2, head_dim=16, seq_len=32, batch_tokens=32, dtype="float32",
+                 ngram_rows=512)
     model = train_gpt.GPT(train_gpt.make_config({**given, **fields})).initialize()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():     # the zero-initialised projections too
             p.add_(torch.randn(p.shape, generator=generator), alpha=0.05)
     return model
+
+
+def reference_ids(tokens: list[int], t: int, c: train_gpt.Config) -> list[int]:
+    """The rows of the table for the n-grams that end at token t, by Python's own integers, wrapped to 64 bits."""
+    ids, hashed = [], tokens[t]
+    for i, n in enumerate(range(2, c.ngram_max + 1)):
+        before = tokens[t - n + 1] if t >= n - 1 else -1
+        hashed = (hashed * 1_000_003 + before + 2**63) % 2**64 - 2**63
+        ids.append(hashed % c.ngram_rows + i * c.ngram_rows)
+    return ids
 
 
 def reference_logits(model: train_gpt.GPT, tokens: list[int]) -> torch.Tensor:
@@ -37,7 +48,10 @@ def reference_logits(model: train_gpt.GPT, tokens: list[int]) -> torch.Tensor:
                 out[t, i + half] = a * math.sin(angle) + b * math.cos(angle)
         return out
 
-    x = norm(w["embed.weight"][tokens])
+    x = w["embed.weight"][tokens]
+    if c.ngram_rows:
+        x = x + torch.stack([w["ngrams.table"][reference_ids(tokens, t, c)].sum(0) for t in range(len(tokens))])
+    x = norm(x)
     for layer in range(c.num_layers):
         name = f"blocks.{layer}."
         q, k, v = (norm(x) @ w[name + "attention.qkv.weight"].T).chunk(3, dim=-1)
@@ -80,6 +94,17 @@ def test_attention_of_a_cpu_against_float64(length):
     torch.testing.assert_close(results[0][0], scores.softmax(-1) @ v)
     for right, found in zip(*results, strict=True):
         assert (found.double() - right).norm() < 0.015 * (right.norm() + 0.1)     # of one token, two gradients are 0
+
+
+def test_ngrams_of_large_tokens():
+    """The hash overflows 64 bits as Python's integers say, and its rows are spread over the table."""
+    c = train_gpt.make_config(dict(track="tiny", ngram_rows=1000, ngram_max=5))
+    tokens = torch.randint(2**31, (1, 2000), generator=torch.Generator().manual_seed(0))
+    ids = train_gpt.Ngrams(c).ids(tokens)[:, 0]
+    assert ids.T.tolist() == [reference_ids(tokens[0].tolist(), t, c) for t in range(2000)]
+    for i, row in enumerate(ids):
+        assert row.min() >= 1000 * i and row.max() < 1000 * (i + 1)
+        assert len(row.unique()) > 800     # 865 of 1,000 expected
 
 
 def test_causal():

@@ -281,13 +281,38 @@ def test_gradients_are_clipped_by_their_whole_norm(clip, text, tmp_path):
     tokens = torch.randint(257, (2, 33), generator=torch.Generator().manual_seed(0))
 
     def gradients():
-        return torch.cat([p.grad.flatten() for p in run.model.parameters()]).double()
+        return torch.cat([p.grad.flatten() for p in run.model.parameters() if p.requires_grad]).double()
 
     train_gpt.accumulate_gradients(run.model, tokens, 2)
     before = gradients()
     train_gpt.train_step(run, tokens)
     factor = min(1, clip / before.norm().item()) if clip else 1
     torch.testing.assert_close(gradients(), before * factor, rtol=1e-5, atol=0)
+
+
+def test_row_adam_against_torchs_sparse_adam():
+    """Rows that a step touches many times, once or never, in several micro-batches."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(50, 4, dtype=torch.float64, generator=generator)
+    ours, reference = torch.nn.Parameter(start.clone(), requires_grad=False), torch.nn.Parameter(start.clone())
+    optimizer = train_gpt.RowAdam([ours], lr=0.1, beta2=0.9)
+    sparse = torch.optim.SparseAdam([reference], lr=0.1, betas=(0.0, 0.9), eps=1e-12)
+    for step in range(8):
+        for _ in range(2):
+            ids = torch.randint(20 + step, (3, 7), generator=generator)
+            target = torch.randn(3, 7, 4, dtype=torch.float64, generator=generator)
+            rows = torch.nn.functional.embedding(ids, ours).requires_grad_()
+            vars(ours).setdefault("touched", []).append((ids, rows))
+            (rows - target).square().sum().backward()
+            looked_up = torch.nn.functional.embedding(ids, reference, sparse=True)
+            (looked_up - target).square().sum().backward()
+        optimizer.step()
+        sparse.step()
+        sparse.zero_grad()
+        torch.testing.assert_close(ours.data, reference.data, rtol=1e-9, atol=1e-9)
+    assert torch.equal(ours[40:], start[40:])
+    optimizer.step()     # nothing was touched
+    torch.testing.assert_close(ours.data, reference.data, rtol=1e-9, atol=1e-9)
 
 
 # The parameter table.
