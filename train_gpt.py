@@ -916,6 +916,8 @@ def summarize(run, val_loss: float) -> None:
     # Other data, or fewer validation tokens than the track's, give another loss.
     there = [c.train_sha256, c.val_sha256, Config(**TRACKS[c.track]).val_tokens]
     comparable = [*run.sha256.values(), c.val_tokens] == there if all(there) else None
+    sizes = {name: p.numel() for name, p in run.model.named_parameters()}
+    looked_up = sum(sizes[name] for name in sizes if name.endswith(("embed.weight", "table")))
     late = sum(gather(compiled_graphs() - run.primed_graphs))
     if late:
         log(run, f"error: {late} graphs compiled in training: a shape that priming lacks")
@@ -924,6 +926,8 @@ val_loss: {val_loss:.6f}
 target: {c.target}
 target_reached: {json.dumps(val_loss <= c.target)}
 data_comparable: {json.dumps(comparable)}
+parameters: {sum(sizes.values())}
+parameters_that_multiply: {sum(sizes.values()) - looked_up}
 train_seconds: {seconds:.3f}
 compile_seconds: {run.prime_seconds:.3f}
 late_compilations: {late}

@@ -21,7 +21,7 @@ FAULTS = ("item_in_the_step", "float32_logits", "shape_that_recompiles", "kernel
 RUNS = {     # the longest first
     "8 x H100": ["--capability", "9.0", "--ranks", "8", *SMALL],
     "faults": ["--ranks", "2", *(f"--fault={name}" for name in FAULTS), *SMALL, "--batch_tokens", "65536"],
-    "A100": ["--capability", "8.0", *SMALL, "--batch_tokens", "65536"],
+    "A100": ["--capability", "8.0", *SMALL, "--batch_tokens", "65536", "--ngram_rows", "4096", "--ngram_max", "2"],
     "cpu tensor": ["--fault", "cpu_tensor_in_the_forward", *SMALL, "--compile", "off", "--num_layers", "1"]}
 CLEAN = ["A100", "8 x H100"]
 

@@ -162,6 +162,10 @@ def test_log_and_summary(one):
     assert float(summary["val_loss"]) == float(losses(one)["val", 20])
     assert float(summary["tokens_per_second"]) == pytest.approx(20 * 512 / float(summary["train_seconds"]), rel=0.01)
     assert summary["target_reached"] == "false" and summary["data_comparable"] == "false"
+    config = json.loads(re.search(r"^config: (.*)$", rest, re.M)[1])
+    sizes = {name: p.numel() for name, p in train_gpt.GPT(train_gpt.Config(**config)).named_parameters()}
+    assert int(summary["parameters"]) == sum(sizes.values())
+    assert int(summary["parameters_that_multiply"]) <= sum(sizes.values()) - sizes["embed.weight"]
 
 
 def test_the_data_compares_where_its_hashes_and_tokens_are_the_tracks(one, text, tmp_path):

@@ -86,7 +86,7 @@ def replace_in_trainer(recorder: Recorder) -> None:
     def to(self, where):     # torch's own swaps the data of the parameters
         for module in self.modules():
             for name, p in [*module.named_parameters(recurse=False)]:
-                module._parameters[name] = torch.nn.Parameter(p.detach().to(where))
+                module._parameters[name] = torch.nn.Parameter(p.detach().to(where), p.requires_grad)
         return self
     torch.nn.Module.to = to
     torch.Tensor.pin_memory = lambda self: self
