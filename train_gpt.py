@@ -354,8 +354,8 @@ def choose_attention(c: Config, device: torch.device) -> str:
     return f"torch SDPA, {chosen}"
 
 def attend(q_BHTK, k_BHTK, v_BHTK, scale: float) -> torch.Tensor:
-    # Causal attention. On a CPU torch's kernel for bfloat16 takes twice the time of plain
-    # products, of 128 queries with the keys up to them.
+    # Causal attention. On a CPU torch's kernel for bfloat16 is slower than plain products
+    # of 128 queries with the keys up to them.
     q, k, v = q_BHTK, k_BHTK, v_BHTK
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
@@ -407,6 +407,7 @@ class Ngrams(nn.Module):
     # table, and RowAdam takes the rows' gradients from `touched`.
     def __init__(self, c: Config):
         super().__init__()
+        require(c.ngram_max > 1, f"--ngram_max {c.ngram_max}: give at least 2")
         self.rows, self.sizes = c.ngram_rows, range(2, c.ngram_max + 1)
         table = torch.empty(len(self.sizes) * c.ngram_rows, c.model_dim)
         self.table = nn.Parameter(table, requires_grad=False)

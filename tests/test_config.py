@@ -95,6 +95,7 @@ def test_micro_batch_on_a_cpu(share, micro_batch, expected):
     assert train_gpt.micro_batch_rows(c, share, 0, False) == expected
 
 
+@pytest.mark.upstream
 @pytest.mark.parametrize("memory, compiled, micro_batch, expected", [
     (80e9, True, 0, 64), (40e9, True, 0, 64), (24e9, True, 0, 32), (80e9, False, 0, 32), (24e9, False, 0, 8),
     (1e9, True, 0, 1), (24e9, True, 256, 256)])

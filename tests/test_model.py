@@ -96,6 +96,11 @@ def test_attention_of_a_cpu_against_float64(length):
         assert (found.double() - right).norm() < 0.015 * (right.norm() + 0.1)     # of one token, two gradients are 0
 
 
+def test_an_ngram_of_one_token_is_refused():
+    with pytest.raises(train_gpt.RunError, match="--ngram_max 1: give at least 2"):
+        train_gpt.GPT(train_gpt.make_config(dict(track="tiny", ngram_max=1)))
+
+
 def test_ngrams_of_large_tokens():
     """The hash overflows 64 bits as Python's integers say, and its rows are spread over the table."""
     c = train_gpt.make_config(dict(track="tiny", ngram_rows=1000, ngram_max=5))

@@ -27,6 +27,7 @@ REPORT = dict(
     collectives={"c10d::allreduce_ float32": [14, 20e9], "c10d::allreduce_ bfloat16": [4, 1e9]})
 
 
+@pytest.mark.upstream
 def test_a_step_by_hand():
     """Each kernel by its operations, bytes or calls; the gradients' all-reduce beyond two thirds of the rest."""
     assert plan.rows_at_once(SMALL_TRACK, GPU, 8) == 64

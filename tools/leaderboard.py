@@ -10,11 +10,10 @@ A table stands between a marker, alone on its line, and the line <!-- end -->:
                                           lowest loss for each of their values, with the fields to show
 
 A recipe is a source and its Config, the seed aside, with a name in its record. It holds a place with 5 or more finished
-runs of different seeds on
-one kind of machine, on the track's data and target, whose mean final loss is below the target at p < 0.01 (one-sided
-t-test). Its time is the mean training time of runs whose length was fixed before they started. "time / AdamW's" is
-measured in the same blocks of one experiment, at the same dtype, where the mean loss of AdamW is at or below the target
-as well; numbers after ± are standard deviations.
+runs of different seeds on one kind of machine, on the track's data and target, whose mean final loss is below the
+target at p < 0.01 (one-sided t-test). Its time is the mean training time of runs whose length was fixed before they
+started. "time / AdamW's" is measured in the same blocks of one experiment, at the same dtype, where the mean loss of
+AdamW is at or below the target as well; numbers after ± are standard deviations.
 """
 
 import argparse

@@ -148,7 +148,10 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--fault", choices=faults.FAULTS, action="append", default=[])
     options, arguments = parser.parse_known_args()
-    c = train_gpt.make_config(train_gpt.parse_command_line(arguments))
+    try:
+        c = train_gpt.make_config(train_gpt.parse_command_line(arguments))
+    except train_gpt.RunError as error:
+        sys.exit(f"run.py: {error}")
     with tempfile.TemporaryDirectory() as folder:
         for name, tokens in dict(train=2_000_000, val=c.val_tokens).items():
             with ShardWriter(Path(folder) / f"{name}_000000.bin", c.vocab_size) as shard:
