@@ -626,16 +626,17 @@ class RowAdam(torch.optim.Optimizer):
         ordered, order = ids.sort()
         number = torch.empty_like(ids)
         number[order] = F.pad(ordered.diff() != 0, (1, 0)).cumsum(0)
-        g = torch.zeros_like(grads).index_add_(0, number, grads)[number] / ranks()[1]
+        sums = torch.zeros_like(grads).index_add_(0, number, grads)
+        g = sums.index_select(0, number).div_(ranks()[1])
 
         state = self.state[p]
         if not state:
             state.update(step=0, square=torch.zeros_like(p))
         state["step"] += 1
-        square = state["square"][ids].lerp(g.square(), 1 - beta2)
-        state["square"][ids] = square
-        size = (square / (1 - beta2 ** state["step"])).sqrt().clamp_min(1e-10)
-        p[ids] -= lr * g / size
+        square = state["square"].index_select(0, ids).lerp_(g.square(), 1 - beta2)
+        state["square"].index_copy_(0, ids, square)
+        size = square.div_(1 - beta2 ** state["step"]).sqrt_().clamp_min_(1e-10)
+        p.index_copy_(0, ids, p.index_select(0, ids).addcdiv_(g, size, value=-lr))
 
 def gather_rows(x: torch.Tensor) -> torch.Tensor:
     # The tensors of all ranks, one after the other.
