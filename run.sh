@@ -68,8 +68,18 @@ checked=$(IFS=; "$python" data/shards.py verify $train_files $val_files) ||     
 
 processes=${NPROC_PER_NODE:-$processes} rendezvous=--standalone
 [ -z "$preflight" ] || exec "$python" tools/preflight.py --processes "$processes" ${chosen:+"$chosen"} "$@"
-[ "${NNODES:-1}" = 1 ] || rendezvous="--nnodes=$NNODES --node_rank=$NODE_RANK --master_addr=$MASTER_ADDR
-    --master_port=${MASTER_PORT:-29500}"
+if [ "${NNODES:-1}" != 1 ]; then
+    rendezvous="--nnodes=$NNODES --node_rank=$NODE_RANK --master_addr=$MASTER_ADDR --master_port=${MASTER_PORT:-29500}"
+    # gloo would offer other nodes the address of this one's name, often 127.0.1.1; it gets the network of MASTER_ADDR.
+    if [ -z "${GLOO_SOCKET_IFNAME:-}" ] && command -v ip >/dev/null; then
+        address=$(getent ahostsv4 "$MASTER_ADDR" | cut -d' ' -f1 | head -n 1) || true
+        own=$(ip -o route get "$address" 2>/dev/null | sed 's/.* src \([^ ]*\).*/\1/') || true
+        case $MASTER_ADDR:$own in 127.* | localhost:*) ;; *: | *:127.*)
+            echo "run.sh: MASTER_ADDR $MASTER_ADDR: is ${own:-unknown} here, which no other node reaches; give its" \
+                "address, or set GLOO_SOCKET_IFNAME" >&2; exit 2 ;; esac
+        export GLOO_SOCKET_IFNAME=$(ip -o -4 address show to "$own" | cut -d' ' -f2 | head -n 1)
+    fi
+fi
 launch=("$python" -m torch.distributed.run $rendezvous --nproc_per_node="$processes")
 [ "$processes" != 1 ] || [ "${NNODES:-1}" != 1 ] || launch=("$python")
 # Idle OpenMP threads sleep soon, and leave the cores to others.

@@ -22,7 +22,6 @@ import math
 import os
 import platform
 import signal
-import socket
 import sys
 import threading
 import time
@@ -36,6 +35,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils import benchmark
 
 
 class RunError(ValueError):
@@ -81,13 +81,9 @@ class Config:
     momentum: float = 0.95  # of Muon
     momentum_start: float = 0.85  # at the first step
     momentum_warmup_steps: int = 300  # between the two (0: off)
-    momentum_dtype: str = "float32"  # of Muon's buffer
     nesterov: str = "on"  # off: Muon does not look ahead
     normuon_beta2: float = 0.0  # of NorMuon's second moment (0: off)
     matrix_weight_decay: float = 0.0  # times lr (0: off)
-    decay_kind: str = "plain"  # cautious: only where signs agree
-    adam_weight_decay: float = 0.0  # of the others (0: off)
-    grad_clip: float = 0.0  # largest gradient norm (0: off)
     # Schedule
     num_steps: int = 4600
     warmup_steps: int = 0  # linear (0: off)
@@ -96,7 +92,6 @@ class Config:
     seed: int = 0  # of weights and data order
     val_every: int = 125  # steps (0: at end)
     save_every: int = 0  # steps (0: on a signal)
-    metrics_every: int = 0  # steps (0: off)
     resume: str = ""  # run folder
     log_dir: str = "logs"  # of the run folders
     run_id: str = ""  # ("": track and time)
@@ -119,13 +114,12 @@ TRACKS = {
         momentum_warmup_steps=200)}
 # A change of any other field makes another run.
 RESUME_MAY_CHANGE = set("""prepare train_files val_files micro_batch val_every save_every
-    metrics_every resume log_dir run_id compile prime_steps collective_timeout""".split())
+    resume log_dir run_id compile prime_steps collective_timeout""".split())
 
 def parse_command_line(arguments: list[str]) -> dict:
     choices = dict(
-        dtype=["auto", "float32", "bfloat16"], momentum_dtype=["float32", "bfloat16"],
-        nesterov=["on", "off"], decay_kind=["plain", "cautious"], compile=["auto", "on", "off"],
-        matrix_optimizer=OPTIMIZERS, update_scale=UPDATE_SCALES)
+        dtype=["auto", "float32", "bfloat16"], nesterov=["on", "off"],
+        compile=["auto", "on", "off"], matrix_optimizer=OPTIMIZERS, update_scale=UPDATE_SCALES)
     parser = argparse.ArgumentParser(
         usage="train_gpt.py TRACK [--field value ...], or --help",
         description=__doc__, epilog=inspect.getsource(Config), allow_abbrev=False,
@@ -173,23 +167,6 @@ def gather(value) -> list:
         dist.all_gather_object(values, value)
     return values
 
-def name_interface(master: str) -> None:
-    # gloo would offer other nodes the address of this one's name, often 127.0.1.1. Has it
-    # offer that of the network interface that leads to the first node, on Linux with IPv4.
-    from fcntl import ioctl  # not on Windows
-    probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    probe.connect((master, 9))  # sends nothing
-    address = probe.getsockname()[0]
-    shared = not address.startswith("127.") or master.startswith(("127.", "localhost"))
-    remedy = "no other node reaches; give its address, or set GLOO_SOCKET_IFNAME"
-    require(shared, f"MASTER_ADDR {master}: is {address} here, which {remedy}")
-
-    for _, name in socket.if_nameindex():
-        with contextlib.suppress(OSError):  # an interface without an address
-            found = ioctl(probe, 0x8915, name.encode().ljust(40, b"\0"))  # SIOCGIFADDR
-            if socket.inet_ntoa(found[20:24]) == address:
-                os.environ["GLOO_SOCKET_IFNAME"] = name
-
 def join_ranks(timeout: float) -> torch.device:
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
@@ -197,10 +174,6 @@ def join_ranks(timeout: float) -> torch.device:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"  # gloo carries the Python objects of `gather`
     size = int(os.environ.get("WORLD_SIZE", 1))
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))  # ranks of this node
-    if here < size and "GLOO_SOCKET_IFNAME" not in os.environ:
-        with contextlib.suppress(OSError, ImportError):
-            name_interface(os.environ["MASTER_ADDR"])
     if size > 1:
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
     return device
@@ -324,12 +297,14 @@ def rotate(x_BTHK, cos, sin):
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x_BTHK)
 
 def choose_attention(c: Config, device: torch.device) -> str:
-    # Leaves on the SDPA backend that is fastest on rank 0's GPU, forward and backward, and the
-    # plain one, for shapes that it refuses.
+    # Leaves on the SDPA backend that is fastest on rank 0's GPU, and the plain one, for
+    # shapes that it refuses.
     if device.type != "cuda":
         return "plain products" if c.dtype == "bfloat16" else "torch SDPA"
     x_BHTK = torch.randn(4, c.num_heads, c.seq_len, c.head_dim, device=device)
     x_BHTK = x_BHTK.to(getattr(torch, c.dtype)).requires_grad_()
+    timer = benchmark.Timer("y = f(x, x, x, is_causal=True); y.backward(y)",
+                            globals=dict(f=F.scaled_dot_product_attention, x=x_BHTK))
     cuda, seconds = torch.backends.cuda, {}
     switches = dict(cuDNN=cuda.enable_cudnn_sdp, flash=cuda.enable_flash_sdp,
                     efficient=cuda.enable_mem_efficient_sdp, math=cuda.enable_math_sdp)
@@ -338,15 +313,7 @@ def choose_attention(c: Config, device: torch.device) -> str:
         for other, switch in switches.items():
             switch(other == name)
         with contextlib.suppress(RuntimeError):  # not on this GPU
-            for calls in (2, 20):
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                for _ in range(calls):
-                    q = k = v = x_BHTK
-                    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-                    y.backward(y)
-                torch.cuda.synchronize()
-            seconds[name] = time.perf_counter() - start
+            seconds[name] = timer.timeit(20).median
 
     chosen = gather(min(seconds, key=seconds.get))[0]
     for name, switch in switches.items():
@@ -354,21 +321,15 @@ def choose_attention(c: Config, device: torch.device) -> str:
     return f"torch SDPA, {chosen}"
 
 def attend(q_BHTK, k_BHTK, v_BHTK, scale: float) -> torch.Tensor:
-    # Causal attention. On a CPU torch's kernel for bfloat16 is slower than plain products
-    # of 128 queries with the keys up to them.
+    # Causal attention. For bfloat16 torch's CPU kernel is slower than plain products.
     q, k, v = q_BHTK, k_BHTK, v_BHTK
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
 
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    outputs, size = [], 128
-    for start in range(0, q.size(1), size):
-        queries = q[:, start:start + size]
-        end = start + queries.size(1)
-        future = torch.full((end - start, end), -torch.inf, dtype=q.dtype).triu(start + 1)
-        scores = torch.baddbmm(future, queries, k[:, :end].mT, alpha=scale)
-        outputs.append(scores.softmax(-1) @ v[:, :end])
-    return torch.cat(outputs, 1).view_as(q_BHTK)
+    future = torch.full((q.size(1), q.size(1)), -torch.inf, dtype=q.dtype).triu(1)
+    scores = torch.baddbmm(future, q, k.mT, alpha=scale)
+    return (scores.softmax(-1) @ v).view_as(q_BHTK)
 
 class Attention(nn.Module):
     # q and k have unit RMS, which bounds q . k (arXiv:2010.04245).
@@ -402,8 +363,8 @@ class Block(nn.Module):
         return x_BTD + self.mlp(norm(x_BTD))
 
 class Ngrams(nn.Module):
-    # Sums, for each token, the embeddings of the 2-, 3- ... grams that end with it, in rows of
-    # a table by their hash. A step touches few rows of it: autograd and DDP do not see the
+    # Sums, for each token, the embeddings of the 2-, 3- ... grams that end with it: rows of
+    # a table, by their hash. A step touches few of them: autograd and DDP do not see the
     # table, and RowAdam takes the rows' gradients from `touched`.
     def __init__(self, c: Config):
         super().__init__()
@@ -437,8 +398,8 @@ class GPT(nn.Module):
     def initialize(self) -> "GPT":
         # Draws the weights on the CPU, so that they are the same everywhere.
         std = 0.5 * self.config.model_dim ** -0.5
-        stds = {"embed.weight": 1.0, "lm_head.weight": 0.0, "proj.weight": 0.0, "table": 0.0,
-                "qkv.weight": std, "up.weight": std}
+        stds = {"embed.weight": 1.0, "qkv.weight": std, "up.weight": std,
+                "lm_head.weight": 0.0, "proj.weight": 0.0, "table": 0.0}
         generator = torch.Generator().manual_seed(self.config.seed)
         for name, p in self.named_parameters():
             fits = [stds[end] for end in stds if name.endswith(end)]
@@ -471,8 +432,8 @@ UPDATE_SCALES = {
     "none": (lambda m, n: 1.0, 10.0)}  # OrthogonalNesterov
 
 def orthogonalize(G_kmn: torch.Tensor, steps: int, dtype: torch.dtype | None = None):
-    # Newton-Schulz in `dtype` (Jordan et al. 2024). Brings the singular values of matrices with
-    # m <= n to about [0.7, 1.2], except those below 0.003 of the Frobenius norm.
+    # Newton-Schulz in `dtype` (Jordan et al. 2024). Brings the singular values of matrices
+    # with m <= n to about [0.7, 1.2], except those below 0.003 of the Frobenius norm.
     size = G_kmn.norm(dim=(-2, -1), keepdim=True)
     X = (G_kmn / size.clamp_min(1e-20)).to(dtype or G_kmn.dtype)
     for _ in range(steps):
@@ -493,12 +454,10 @@ class Muon(torch.optim.Optimizer):
     """
     SETTINGS = dict(
         lr=0.02, momentum=0.95, weight_decay=0.0, parts=1, update_scale="sqrt_ratio",
-        # Without nesterov, u is of v alone. accumulate: v <- mu v + g, and u of g + mu v, as in
-        # OrthogonalNesterov. cautious: decay by lr (lr / initial_lr), where u, W agree in sign.
-        nesterov=True, accumulate=False, cautious=False,
+        nesterov=True,  # False: u is of v alone
         # NorMuon (Li et al. 2025, arXiv:2510.05491): divides each row of u (if m < n, unlike the
         # paper, each column) by its running RMS, and keeps the norm of u. 0: off.
-        beta2=0.0, ns_steps=5, ns_dtype=None, momentum_dtype=None)
+        beta2=0.0, ns_steps=5, ns_dtype=None)
     orthogonalize = staticmethod(orthogonalize)  # set_up may compile it
     def __init__(self, params, **settings):
         super().__init__(params, self.SETTINGS | settings)
@@ -515,29 +474,23 @@ class Muon(torch.optim.Optimizer):
             require(holds, f"Muon: {name} {group[name]}: give, say, {self.SETTINGS[name]}")
         names = group.get("param_names", ["a parameter"] * len(group["params"]))
         for name, p in zip(names, group["params"], strict=True):
-            what = f"Muon: {name}, {tuple(p.shape)}:"
-            equal = group["parts"] == 1 or (p.ndim == 2 and p.size(0) % group["parts"] == 0)
-            require(not hasattr(p, "placements"), f"{what} is a DTensor; give it whole")
-            require(1 < p.ndim < 4, f"{what} is no matrix: use AdamW or flatten to two")
-            require(equal, f"{what} has no {group['parts']} equal parts")
-        group.setdefault("initial_lr", group["lr"])
+            parts, whole = group["parts"], not hasattr(p, "placements")  # a DTensor's
+            fits = p.ndim in (2, 3) and p.size(0) % parts == 0 and (parts == 1 or p.ndim == 2)
+            require(whole and fits, f"Muon: {name}, {tuple(p.shape)}: give whole matrices of "
+                    f"{parts} equal parts; flatten filters, and use AdamW for the rest")
         self.param_groups.append(group)
     def wide(self, x: torch.Tensor, group: dict) -> torch.Tensor:
         # A view of x as matrices (k, m, n), transposed where m >= n.
         x = x.unflatten(-2, (group["parts"], -1)).flatten(0, -3)
         return x.mT if x.size(1) >= x.size(2) else x
     @torch.no_grad()
-    def step(self, closure=None):
-        with torch.enable_grad():
-            loss = closure() if closure else None
-        self.last_updates = {}  # {parameter: (u (k, m, n), its factor)}
+    def step(self):
         for group in self.param_groups:
             shapes = {}  # {shape: parameters}
             for p in [p for p in group["params"] if p.grad is not None]:
                 shapes.setdefault((p.shape, p.dtype), []).append(p)
             for members in shapes.values():
                 self.update(group, members)
-        return loss
     def update(self, group: dict, members: list) -> None:
         # The momentum of parameters of one shape.
         mu, directions = group["momentum"], []
@@ -545,12 +498,8 @@ class Muon(torch.optim.Optimizer):
             g, state = p.grad, self.state[p]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(p)
-            v = state["momentum_buffer"].to(p.dtype)
-            v = v.mul_(mu).add_(g) if group["accumulate"] else v.lerp_(g, 1 - mu)
-            state["momentum_buffer"] = v.to(group["momentum_dtype"] or p.dtype)
-            if group["nesterov"]:
-                v = g.add(v, alpha=mu) if group["accumulate"] else g.lerp(v, mu)
-            directions.append(self.wide(v, group))
+            v = state["momentum_buffer"].lerp_(g, 1 - mu)
+            directions.append(self.wide(g.lerp(v, mu) if group["nesterov"] else v, group))
         # Each rank orthogonalizes a share, and leaves zeros for the others.
         G = torch.cat(directions)
         U = torch.zeros_like(G, dtype=group["ns_dtype"])
@@ -567,37 +516,11 @@ class Muon(torch.optim.Optimizer):
             even = U * moments.clamp_min(1e-10).rsqrt()
             size = even.norm(dim=(1, 2), keepdim=True).clamp_min(1e-10)
             U = (even * (U.norm(dim=(1, 2), keepdim=True) / size)).to(U.dtype)
-        lr, decay = group["lr"], group["lr"] * group["weight_decay"]
         m, n = p.size(-2) / group["parts"], p.size(-1)
-        factor = lr * UPDATE_SCALES[group["update_scale"]][0](m, n)
+        factor = group["lr"] * UPDATE_SCALES[group["update_scale"]][0](m, n)
         for p, u in zip(members, U.chunk(len(members)), strict=True):
-            W = self.wide(p, group)
-            if decay and group["cautious"]:
-                W.sub_(W * (u * W > 0), alpha=decay * lr / group["initial_lr"])
-            elif decay:
-                W.sub_(W, alpha=decay)
-            W.add_(u, alpha=-factor)
-            self.last_updates[p] = u, factor
-    @torch.no_grad()
-    def get_post_step_metrics(self) -> dict:
-        # {parameter: {figure: value}}, the update being without decay.
-        metrics = {}
-        for group in self.param_groups:
-            names = group.get("param_names", range(len(group["params"])))
-            for name, p in zip(names, group["params"], strict=True):
-                if p in self.last_updates:
-                    u, factor = self.last_updates[p]
-                    S = torch.linalg.svdvals(u.float().nan_to_num())
-                    metrics[name] = dict(
-                        gradient=p.grad.norm().item(), weight=p.norm().item(),
-                        update=factor * u.norm().item(), least_singular=S.min().item(),
-                        largest_singular=S.max().item(),
-                        orthogonality_error=(S.square() - 1).square().mean().sqrt().item())
-        return metrics
-    def load_state_dict(self, state_dict: dict) -> None:
-        known = all(self.SETTINGS.keys() <= g.keys() for g in state_dict["param_groups"])
-        require(known, "Muon: the state is of another optimizer; start without it")
-        super().load_state_dict(state_dict)
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            self.wide(p, group).add_(u, alpha=-factor)
 
 class RowAdam(torch.optim.Optimizer):
     """Adam without momentum, for the rows of a table (as in Ngrams) that a step touches.
@@ -610,19 +533,16 @@ class RowAdam(torch.optim.Optimizer):
     def __init__(self, params, lr: float, beta2: float = 0.99):
         super().__init__(params, dict(lr=lr, beta2=beta2))
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         for group in self.param_groups:
-            for p in group["params"]:
+            for p in [p for p in group["params"] if hasattr(p, "touched")]:
                 self.update(p, group["lr"], group["beta2"])
     def update(self, p: torch.Tensor, lr: float, beta2: float) -> None:
-        touched = vars(p).pop("touched", [])
-        if not touched:
-            return
-
+        touched = vars(p).pop("touched")
         ids = gather_rows(torch.cat([ids.flatten() for ids, _ in touched]))
         grads = gather_rows(torch.cat([rows.grad.flatten(0, -2) for _, rows in touched]))
-        # The sum of each row's gradients, at each of its places in ids; no size depends on
-        # how many differ, for which the host would wait.
+        # The sum of each row's gradients, at each of its places in ids; no size depends
+        # on how many differ, for which the host would wait.
         ordered, order = ids.sort()
         number = torch.empty_like(ids)
         number[order] = F.pad(ordered.diff() != 0, (1, 0)).cumsum(0)
@@ -646,17 +566,17 @@ def gather_rows(x: torch.Tensor) -> torch.Tensor:
     dist.all_gather_into_tensor(everyone, x)
     return everyone
 
-def make_muon(groups: list, c: Config, update_scale: str, accumulate: bool) -> Muon:
-    return Muon(groups, momentum=c.momentum, beta2=c.normuon_beta2, accumulate=accumulate,
-                update_scale=update_scale, cautious=c.decay_kind == "cautious",
-                nesterov=c.nesterov == "on", ns_dtype=getattr(torch, c.dtype),
-                momentum_dtype=getattr(torch, c.momentum_dtype))
+def make_muon(groups: list, c: Config, update_scale: str) -> Muon:
+    return Muon(groups, momentum=c.momentum, beta2=c.normuon_beta2, update_scale=update_scale,
+                nesterov=c.nesterov == "on", ns_dtype=getattr(torch, c.dtype))
 
+# OrthogonalNesterov's momentum, v <- mu v + g, is the same but for a factor, which
+# orthogonalize removes.
 OPTIMIZERS = dict(
     row_adam=lambda groups, c: RowAdam(groups, lr=c.lr),
     adamw=lambda groups, c: torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True),
-    muon=lambda groups, c: make_muon(groups, c, c.update_scale, accumulate=False),
-    orthogonal_nesterov=lambda groups, c: make_muon(groups, c, "none", accumulate=True))
+    muon=lambda groups, c: make_muon(groups, c, c.update_scale),
+    orthogonal_nesterov=lambda groups, c: make_muon(groups, c, "none"))
 
 def parameter_table(c: Config) -> list[tuple]:
     # Rows of pattern, optimizer, learning rate, weight decay and parts; the first whose pattern
@@ -667,8 +587,8 @@ def parameter_table(c: Config) -> list[tuple]:
     parts = dict(muon=3).get(matrix, 1)
     tables = [("ngrams.table", "row_adam", c.lr * c.embed_lr_ratio, 0.0, 1)]
     return tables * bool(c.ngram_rows) + [
-        ("lm_head.weight", "adamw", c.lr, c.adam_weight_decay, 1),
-        ("*embed.weight", "adamw", c.lr * c.embed_lr_ratio, c.adam_weight_decay, 1),
+        ("lm_head.weight", "adamw", c.lr, 0.0, 1),
+        ("*embed.weight", "adamw", c.lr * c.embed_lr_ratio, 0.0, 1),
         ("blocks.*.qkv.weight", matrix, matrix_lr, decay, parts),
         ("blocks.*.weight", matrix, matrix_lr, decay, 1)]
 
@@ -678,7 +598,6 @@ def make_optimizers(model: GPT, c: Config) -> tuple[dict, str]:
     for pattern, optimizer, lr, decay, parts in parameter_table(c):
         fits = [name for name in left if fnmatch.fnmatchcase(name, pattern)]
         require(fits, f"parameter_table: {pattern}: fits no parameter; move or drop it")
-        require(optimizer in OPTIMIZERS, f"optimizer {optimizer}: give one of {[*OPTIMIZERS]}")
         named = [(name, left.pop(name)) for name in fits]
         group = dict(params=named, lr=lr, initial_lr=lr, weight_decay=decay, parts=parts)
         groups.setdefault(optimizer, []).append(group)
@@ -721,9 +640,8 @@ def micro_batch_rows(c: Config, share: int, memory: float, compiled: bool) -> in
     # How many of a rank's share of rows run at once. --micro_batch 0: on a CPU (memory 0)
     # 4,096 tokens, for its caches; on a GPU 65,536, or what 80% of its memory holds.
     most = c.micro_batch or max(1, (65536 if memory else 4096) // c.seq_len)
-    while memory and not c.micro_batch and most > 1:
-        if planned_bytes(c, most, compiled) < 0.8 * memory:
-            break
+    planned = memory and not c.micro_batch
+    while planned and most > 1 and planned_bytes(c, most, compiled) > 0.8 * memory:
         most //= 2
     return max(n for n in range(1, share + 1) if share % n == 0 and n <= most)
 
@@ -750,8 +668,7 @@ def evaluate(run, rows: range) -> float:
 
 # ==== 8. Checkpoints ==============================================================
 class State:
-    # What training changes, and so what a checkpoint holds. A part is any object with
-    # state_dict and load_state_dict, such as an average of the weights.
+    # What training changes, and so what a checkpoint holds: parts that have a state_dict.
     def __init__(self, **parts):
         self.step, self.seconds, self.parts = 0, 0.0, parts
     def state_dict(self) -> dict:
@@ -813,8 +730,7 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
     run.state = State(model=run.model, **run.optimizers)
     run.validation_loss = validation_loss
     if run.compiled:
-        # Block by block: nearly as fast as the whole model, in a fraction of the time. DDP
-        # need not split blocks at the bounds of its buckets.
+        # Blocks, not the model: quick to compile. DDP need not split them at its buckets.
         torch._dynamo.config.optimize_ddp = False
         for block in run.model.blocks:
             block.compile(dynamic=False)
@@ -871,8 +787,6 @@ def accumulate_gradients(model: nn.Module, tokens, micro_batch: int) -> torch.Te
 def train_step(run, tokens: torch.Tensor) -> None:
     loss = accumulate_gradients(run.ddp, tokens, run.micro_batch)
     set_schedules(run.optimizers, run.config, run.state.step)
-    if run.config.grad_clip:
-        nn.utils.clip_grad_norm_(run.model.parameters(), run.config.grad_clip)
     for optimizer in run.optimizers.values():
         optimizer.step()
     # What is logged of the step, each as its mean over the ranks.
@@ -943,18 +857,14 @@ def train(c: Config, device: torch.device, resumed: dict) -> int:
     prime(run, resumed or copy.deepcopy(state.state_dict()))
     loader = load_batches(run.train_rows, run.starts, c.seed, device, state.step)
     # A GPU's losses are read in tens, so that it never waits for the host.
-    every = dict(read=10 if device.type == "cuda" else 1, metrics=c.metrics_every,
-                 save=c.save_every, validate=c.val_every)
+    every = dict(read=10 if device.type == "cuda" else 1, save=c.save_every,
+                 validate=c.val_every)
     run.clock = time.perf_counter()
     while state.step < c.num_steps and not run.stopping:
         train_step(run, next(loader))
         due = [name for name in every if every[name] and state.step % every[name] == 0]
         if due or state.step == c.num_steps:
             read_steps(run)  # stops the clock, which counts training alone
-            if "metrics" in due:
-                get = getattr(run.optimizers[c.matrix_optimizer], "get_post_step_metrics", dict)
-                figures = dict(step=state.step, parameters=get())
-                log(run, f"metrics: {json.dumps(figures)}", console=False)
             if "save" in due or run.stopping:
                 save(run)
             if "validate" in due and state.step < c.num_steps:

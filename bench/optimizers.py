@@ -26,8 +26,7 @@ import train_gpt  # noqa: E402
 
 OURS = {     # fields of Config
     "Muon": dict(normuon_beta2=0.0),
-    "Muon, bf16 momentum": dict(normuon_beta2=0.0, momentum_dtype="bfloat16"),
-    "Muon, NorMuon, cautious decay": dict(normuon_beta2=0.95, matrix_weight_decay=0.1, decay_kind="cautious"),
+    "NorMuon": dict(normuon_beta2=0.95),
 }
 
 

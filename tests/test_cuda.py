@@ -60,7 +60,7 @@ def test_a_step_of_muon_compiled_and_eager_with_no_synchronisation():
     """The same update to bf16's rounding; after the first step nothing makes the host wait for the GPU."""
     results = []
     for compiled in (False, True):
-        model = small_model(normuon_beta2=0.9, matrix_weight_decay=0.1, decay_kind="cautious", dtype="bfloat16").cuda()
+        model = small_model(normuon_beta2=0.9, matrix_weight_decay=0.1, dtype="bfloat16").cuda()
         optimizer = train_gpt.make_optimizers(model, model.config)[0]["muon"]
         if compiled:
             optimizer.orthogonalize = torch.compile(train_gpt.orthogonalize, dynamic=False)

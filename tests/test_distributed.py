@@ -47,7 +47,7 @@ def count_all_reduces() -> dict[int, int]:
 def steps(first: int, last: int, state: dict | None = None) -> tuple[dict, dict]:
     """Muon's steps `first` to `last` of 10 on recorded float64 gradients, from `state` on; returns the optimizer's
     state and {parameter: its values at the end}."""
-    model = small_model(num_layers=3, normuon_beta2=0.9, matrix_weight_decay=0.1, decay_kind="cautious").double()
+    model = small_model(num_layers=3, normuon_beta2=0.9, matrix_weight_decay=0.1).double()
     optimizer = train_gpt.make_optimizers(model, model.config)[0]["muon"]
     for group in optimizer.param_groups:
         group["ns_dtype"] = torch.float64

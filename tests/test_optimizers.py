@@ -1,7 +1,6 @@
 """Muon against float64, against its papers, torch.optim.Muon and the README; the parameter table; no waiting."""
 
 import copy
-import math
 import re
 
 import numpy as np
@@ -75,7 +74,7 @@ SCALES = dict(sqrt_ratio=lambda m, n: max(1, m / n) ** 0.5, sqrt_max=lambda m, n
 
 
 def transcribed_step(W, g, state, lr, nesterov=True, accumulate=False, update_scale="sqrt_ratio", beta2=0.0,
-                     weight_decay=0.0, cautious=False, ns_steps=5, momentum_dtype=None):
+                     weight_decay=0.0, ns_steps=5):
     """A step for one matrix, at a learning rate that began at 0.1 and a momentum of 0.9; returns the new matrix."""
     g = g if accumulate else 0.1 * g
     v = state["v"] = 0.9 * state.get("v", 0) + g
@@ -85,19 +84,15 @@ def transcribed_step(W, g, state, lr, nesterov=True, accumulate=False, update_sc
         state["s"] = beta2 * state.get("s", 0) + (1 - beta2) * squares
         even = u / state["s"].sqrt()
         u = even * u.norm() / even.norm()
-    decay = lr * weight_decay * torch.ones_like(W)
-    if cautious:
-        decay = decay * lr / 0.1 * (u.sign() == W.sign())
-    return W - decay * W - lr * SCALES[update_scale](*W.shape) * u
+    return W - lr * weight_decay * W - lr * SCALES[update_scale](*W.shape) * u
 
 
 VARIANTS = dict(
     muon=dict(),
     as_first_published=dict(nesterov=False, update_scale="sqrt_max"),
-    orthogonal_nesterov=dict(accumulate=True, update_scale="none"),
+    orthogonal_nesterov=dict(update_scale="none"),
     moonlight=dict(weight_decay=0.5, update_scale="match_rms_adamw", ns_steps=3),
-    normuon_with_cautious_decay=dict(beta2=0.8, weight_decay=0.5, cautious=True),
-    bf16_momentum=dict(momentum_dtype=torch.bfloat16))
+    normuon_with_decay=dict(beta2=0.8, weight_decay=0.5))
 
 
 @pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16), (72, 24), (2, 24, 8), (2, 8, 24)])
@@ -117,12 +112,13 @@ def test_muon_against_a_transcription(shape, dtype, tolerance):
         for group, (name, settings) in zip(optimizer.param_groups, VARIANTS.items(), strict=True):
             group["lr"], params[name].grad = lr, gradient.clone()
             matrices = zip(exact[name], gradient.double().reshape(-1, *exact[name][0].shape), states[name], strict=True)
-            exact[name] = [transcribed_step(*each, lr, **settings) for each in matrices]
+            summing = name == "orthogonal_nesterov"     # v <- 0.9 v + g
+            exact[name] = [transcribed_step(*each, lr, accumulate=summing, **settings) for each in matrices]
         optimizer.step()
     for name, p in params.items():
         end = torch.cat(exact[name]).view(shape)
         error = (p - end).norm() / (end - start).norm()
-        assert error < (0.02 if name == "bf16_momentum" else tolerance), name
+        assert error < tolerance, name
     for group in optimizer.state_dict()["param_groups"]:
         assert group.keys() >= train_gpt.Muon.SETTINGS.keys()
 
@@ -160,27 +156,22 @@ def test_the_readmes_muon_is_this_one(shape):
     torch.testing.assert_close(p.detach(), W, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_copy_goes_on_as_the_original(dtype):
-    """Bit for bit, and in the momentum's dtype, which torch's own load_state_dict would change to the parameter's."""
+def test_a_copy_goes_on_as_the_original():
+    """Bit for bit."""
     def steps(optimizer, numbers):
         (p,) = optimizer.param_groups[0]["params"]
         for step in numbers:
             p.grad = normal(8, 4, seed=step, dtype=torch.float32)
             optimizer.step()
-        return p.detach(), optimizer.state[p]["momentum_buffer"], optimizer.get_post_step_metrics()[0]
+        return p.detach(), optimizer.state[p]["momentum_buffer"]
 
-    settings = dict(momentum_dtype=dtype, beta2=0.9, weight_decay=0.1, cautious=True)
+    settings = dict(beta2=0.9, weight_decay=0.1)
     original = train_gpt.Muon([parameter(8, 4)], **settings)
     p, *_ = steps(original, range(3))
     other = train_gpt.Muon([torch.nn.Parameter(p.clone())], **settings)
     other.load_state_dict(copy.deepcopy(original.state_dict()))     # torch's optimizers share what they load
-    theirs = torch.optim.Muon([parameter(8, 4)])
-    theirs.step()
-    with pytest.raises(ValueError, match="another optimizer"):
-        other.load_state_dict(theirs.state_dict())
-    (p, v, figures), (q, w, others) = steps(original, range(3, 6)), steps(other, range(3, 6))
-    assert torch.equal(p, q) and torch.equal(v, w) and v.dtype == w.dtype == dtype and figures == others
+    (p, v), (q, w) = steps(original, range(3, 6)), steps(other, range(3, 6))
+    assert torch.equal(p, q) and torch.equal(v, w)
 
 
 @pytest.mark.parametrize("name, shape, parts, words", [
@@ -210,8 +201,7 @@ def test_bad_settings_are_refused_in_the_constructor_and_in_a_group(setting):
 
 
 @pytest.mark.parametrize("gradient, settings", [
-    (None, dict(weight_decay=0.1)), (0.0, {}), (0.0, dict(beta2=0.9)), (0.0, dict(accumulate=True)),
-    (1.0, dict(lr=0.0, weight_decay=0.1, cautious=True))])
+    (None, dict(weight_decay=0.1)), (0.0, {}), (0.0, dict(beta2=0.9)), (1.0, dict(lr=0.0, weight_decay=0.1))])
 def test_what_stays_where_it_is(gradient, settings):
     """Without a gradient, with one of zero or a rate of zero, beside a parameter that moves."""
     p, other = parameter(8, 4), parameter(8, 4)
@@ -220,26 +210,6 @@ def test_what_stays_where_it_is(gradient, settings):
     for _ in range(2):
         optimizer.step()
     assert torch.equal(p.detach(), torch.ones(8, 4)) and not torch.equal(other.detach(), torch.ones(8, 4))
-    assert len(optimizer.get_post_step_metrics()) == 2 - (gradient is None)
-
-
-def test_metrics_of_a_step():
-    """Each figure against its definition, computed here in float64 for one matrix."""
-    p = torch.nn.Parameter(normal(64, 16, dtype=torch.float32))
-    old = p.detach().double()
-    optimizer = train_gpt.Muon([("up.weight", p)], lr=0.01)
-    p.grad = normal(64, 16, seed=1, dtype=torch.float32)
-    optimizer.step()
-    u = through_svd(p.grad, 5)     # the first momentum is parallel to the gradient
-    S = torch.linalg.svdvals(u)
-    expected = dict(
-        gradient=p.grad.double().norm(), weight=p.detach().double().norm(), update=(p.detach().double() - old).norm(),
-        orthogonality_error=(u.T @ u - torch.eye(16)).norm() / 4, least_singular=S.min(), largest_singular=S.max())
-    assert optimizer.get_post_step_metrics() == {
-        "up.weight": {key: pytest.approx(value.item(), rel=1e-3) for key, value in expected.items()}}
-    p.grad.fill_(torch.inf)     # a diverged run is measured still
-    optimizer.step()
-    assert not math.isfinite(optimizer.get_post_step_metrics()["up.weight"]["gradient"])
 
 
 # A training step.
@@ -260,8 +230,8 @@ def test_a_step_never_waits_for_the_device(wait, text, tmp_path, monkeypatch):
     """On the meta device nothing has a value, so that whatever would copy one to the host is an error, wherever it is
     called. AdamW is left out: torch's refuses that device; on a GPU, test_cuda.py has it."""
     monkeypatch.setitem(train_gpt.OPTIMIZERS, "adamw", lambda groups, c: torch.optim.SGD(groups))
-    run = set_up(text, tmp_path, "--normuon_beta2", "0.9", "--matrix_weight_decay", "0.1", "--decay_kind", "cautious",
-                 "--momentum_dtype", "bfloat16", "--grad_clip", "1", "--micro_batch", "2", device="meta")
+    run = set_up(text, tmp_path, "--normuon_beta2", "0.9", "--matrix_weight_decay", "0.1", "--micro_batch", "2",
+                 device="meta")
     tokens = torch.zeros(4, 33, dtype=torch.int64, device="meta")
     if wait is None:
         for _ in range(2):
@@ -271,23 +241,6 @@ def test_a_step_never_waits_for_the_device(wait, text, tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpt, "accumulate_gradients", lambda *arguments: wait(accumulate(*arguments)))
     with pytest.raises((RuntimeError, NotImplementedError, TypeError), match="meta"):
         train_gpt.train_step(run, tokens)
-
-
-@pytest.mark.parametrize("clip", [0.0, 0.5, 1e9])
-def test_gradients_are_clipped_by_their_whole_norm(clip, text, tmp_path):
-    """g min(1, c / |g|), against the norm of all gradients laid end to end; 0 is off."""
-    run = set_up(text, tmp_path, "--grad_clip", str(clip))
-    run.optimizers.clear()
-    tokens = torch.randint(257, (2, 33), generator=torch.Generator().manual_seed(0))
-
-    def gradients():
-        return torch.cat([p.grad.flatten() for p in run.model.parameters() if p.requires_grad]).double()
-
-    train_gpt.accumulate_gradients(run.model, tokens, 2)
-    before = gradients()
-    train_gpt.train_step(run, tokens)
-    factor = min(1, clip / before.norm().item()) if clip else 1
-    torch.testing.assert_close(gradients(), before * factor, rtol=1e-5, atol=0)
 
 
 def test_row_adam_against_torchs_sparse_adam():
@@ -334,7 +287,7 @@ def test_each_scale_has_the_ratio_that_belongs_to_it(matrix_optimizer, scale, ra
     assert table.count(matrix_optimizer) >= 2 and "lm_head.weight" in table
     if matrix_optimizer != "adamw":
         summing = matrix_optimizer == "orthogonal_nesterov"
-        assert (group["accumulate"], group["update_scale"], group["parts"]) == (summing, scale, 1 if summing else 3)
+        assert (group["update_scale"], group["parts"]) == (scale, 1 if summing else 3)
 
 
 @pytest.fixture
@@ -354,22 +307,18 @@ def test_a_new_optimizer_is_an_entry_and_a_row(matrix_optimizer, text, tmp_path,
     """Adagrad for the embedding, beside each optimizer of the matrices: it learns, and a resume is bit-equal."""
     first_row("*embed.weight", "new", 0.01, 0.0, 1)
     monkeypatch.setitem(train_gpt.OPTIMIZERS, "new", lambda groups, c: torch.optim.Adagrad(groups))
-    options = ["--matrix_optimizer", matrix_optimizer, "--save_every", 12, "--metrics_every", 5, "--log_dir", tmp_path]
+    options = ["--matrix_optimizer", matrix_optimizer, "--save_every", 12, "--log_dir", tmp_path]
     assert train("tiny", *SMALL, *text, *options, "--run_id", "r") == 0
     log = (tmp_path / "r/log.txt").read_text()
-    assert re.search(r"embed\.weight +new", log) and "metrics: " in log
+    assert re.search(r"embed\.weight +new", log)
     whole = losses(tmp_path / "r")
     assert train("--resume", tmp_path / "r", "--log_dir", tmp_path / "again") == 0
     assert losses(tmp_path / "again/r") == {key: loss for key, loss in whole.items() if key[1] > 12}
     assert float(whole["val", 20]) < float(whole["train", 1]) - 0.1
 
 
-@pytest.mark.parametrize("row, words", [
-    (("*embed.weight", "no_such_one", 0.1, 0.0, 1), ["no_such_one", "muon"]),
-    (("*.gain", "adamw", 0.1, 0.0, 1), ["*.gain", "drop"])])
-def test_a_row_that_nothing_knows_or_fits_is_an_error(row, words, first_row):
+def test_a_row_that_nothing_fits_is_an_error(first_row):
     model = small_model()
-    first_row(*row)
-    with pytest.raises(train_gpt.RunError) as error:
+    first_row("*.gain", "adamw", 0.1, 0.0, 1)
+    with pytest.raises(train_gpt.RunError, match=r"\*\.gain: .*drop"):
         train_gpt.make_optimizers(model, model.config)
-    assert all(word in str(error.value) for word in words)

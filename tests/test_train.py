@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 import train_gpt
 
-RUN = [*SMALL, "--val_every", "1", "--save_every", "12", "--micro_batch", "2", "--run_id", "r", "--metrics_every", "5"]
+RUN = [*SMALL, "--val_every", "1", "--save_every", "12", "--micro_batch", "2", "--run_id", "r"]
 
 
 def checkpoint(folder: Path) -> dict:
@@ -58,9 +58,9 @@ def two(text, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(text, tmp_path_factory):
-    """A second run of one process, but with no priming and no metrics, which saves the end."""
+    """A second run of one process, but with no priming, which saves the end."""
     folder = tmp_path_factory.mktemp("whole")
-    options = ["--prime_steps", 0, "--metrics_every", 0, "--save_every", 20, "--log_dir", folder]
+    options = ["--prime_steps", 0, "--save_every", 20, "--log_dir", folder]
     assert train("tiny", *RUN, *text, *options) == 0
     return folder / "r"
 
@@ -73,9 +73,8 @@ def test_it_learns_and_two_processes_equal_one(one, two):
     assert float(a["val", 20]) < float(a["train", 1]) - 0.3
 
 
-def test_same_seed_same_losses_and_priming_and_metrics_leave_no_trace(one, whole):
+def test_same_seed_same_losses_and_priming_leaves_no_trace(one, whole):
     assert losses(one) == losses(whole)
-    assert "\nmetrics: " in (one / "log.txt").read_text() and "\nmetrics: " not in (whole / "log.txt").read_text()
 
 
 def test_a_run_whose_folder_has_moved_goes_on_bit_equal(one, whole, tmp_path):
@@ -176,16 +175,6 @@ def test_the_data_compares_where_its_hashes_and_tokens_are_the_tracks(one, text,
         options = [*SMALL, *text, *options, "--num_steps", 2, "--log_dir", tmp_path, "--run_id", expected]
         assert train("tiny", *options) == 0
         assert f"\ndata_comparable: {expected}\n" in (tmp_path / expected / "log.txt").read_text()
-
-
-def test_metrics_of_the_optimizers(one, two):
-    """Every fifth step of the run, the same of one and of two processes."""
-    a, b = ([json.loads(line) for line in re.findall("^metrics: (.*)$", (folder / "log.txt").read_text(), re.M)]
-            for folder in (one, two))
-    assert [line["step"] for line in a] == [line["step"] for line in b] == [5, 10, 15, 20]
-    assert a[1]["parameters"].keys() == b[1]["parameters"].keys() > {"blocks.0.attention.qkv.weight"}
-    for name, figures in a[1]["parameters"].items():
-        assert figures == pytest.approx(b[1]["parameters"][name], rel=0.02, abs=1e-4)
 
 
 def test_a_fork_adds_a_part_to_the_state_and_a_figure_to_the_log(text, tmp_path, monkeypatch):

@@ -80,19 +80,18 @@ def one_node(text, tmp_path_factory):
     process.wait(60)
 
 
-def start(node: int, *options) -> subprocess.Popen:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1",
-              "--master_addr=10.77.0.1", "--master_port=29500"]
+def start(node: int, *options, master: str = "10.77.0.1") -> subprocess.Popen:
     clean = {name: value for name, value in environment().items() if not name.startswith(("GLOO_", "NCCL_"))}
-    return subprocess.Popen(inside(node, *launch, ROOT / "train_gpt.py", *options), stdout=subprocess.PIPE,
+    clean |= dict(NNODES="2", NODE_RANK=str(node), MASTER_ADDR=master, NPROC_PER_NODE="1", PYTHON=sys.executable)
+    return subprocess.Popen(inside(node, ROOT / "run.sh", *options), stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True, env=clean)
 
 
 def test_a_rank_that_dies_is_named_and_the_run_resumes_on_one_node(network, text, tmp_path, one_node):
     nodes = [start(node, *OPTIONS, *text, "--log_dir", tmp_path) for node in (0, 1)]
     wait_for(tmp_path / "r/log.txt", r"^checkpoint: .* at step 10/")
-    trainer = int(shell("pgrep", "-P", str(nodes[1].pid)))
-    os.kill(trainer, signal.SIGKILL)
+    launcher = shell("pgrep", "-P", str(nodes[1].pid), "-f", "torch.distributed.run").strip()
+    os.kill(int(shell("pgrep", "-P", launcher)), signal.SIGKILL)
     killed = time.monotonic()
     output = nodes[0].communicate(timeout=60)[0]
     assert time.monotonic() - killed < 10 and nodes[0].returncode != 0
@@ -113,8 +112,7 @@ def test_two_nodes_end_with_the_losses_of_one(network, text, tmp_path, one_node)
 
 
 def test_a_first_node_whose_name_is_its_own_alone_is_an_error(network, text):
-    ranks = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", MASTER_ADDR="host0", MASTER_PORT="1")
-    words = inside(0, sys.executable, ROOT / "train_gpt.py", *OPTIONS, *text)
-    result = subprocess.run(words, capture_output=True, text=True, timeout=60, env=environment() | ranks)
-    assert result.returncode == 2
-    assert re.search("error: MASTER_ADDR host0: .*GLOO_SOCKET_IFNAME", result.stderr), result.stderr
+    node = start(0, *OPTIONS, *text, master="host0")
+    output = node.communicate(timeout=60)[0]
+    assert node.returncode == 2
+    assert re.search("MASTER_ADDR host0: .*GLOO_SOCKET_IFNAME", output), output
