@@ -54,6 +54,7 @@ class Config:
     prepare: str = "data/fineweb.py"  # makes the shards
     train_files: str = "data/fineweb10B/fineweb_train_*.bin"
     val_files: str = "data/fineweb10B/fineweb_val_*.bin"
+    second_files: str = ""  # another text, tried after training
     train_sha256: str = ""  # of the data whose losses compare
     val_sha256: str = ""
     vocab_size: int = 50257  # tokens; the last is end-of-text
@@ -108,13 +109,13 @@ TRACKS = {
         train_files="data/tiny/train_*.bin", val_files="data/tiny/val_*.bin",
         train_sha256="8c50fa9a10abf3fef5d6cd34ceedb667a62d72251aba450c66b02e151bbedac6",
         val_sha256="709ddb7c9af041164ff67d6e516132236f9070f4f3d20eb9f4b26582240e3e11",
-        seq_len=128, num_layers=2, num_heads=4, head_dim=32, attention_scale=0.24,
-        ngram_rows=65_536, ngram_max=6, batch_tokens=1024, lr=0.003, embed_lr_ratio=30.0,
-        normuon_beta2=0.95, val_every=0, num_steps=330, cooldown_steps=250,
-        momentum_warmup_steps=200)}
+        second_files="data/tiny/second/*.bin", seq_len=128, num_layers=2, num_heads=4,
+        head_dim=32, attention_scale=0.24, ngram_rows=65_536, ngram_max=6, batch_tokens=1024,
+        lr=0.003, embed_lr_ratio=30.0, normuon_beta2=0.95, val_every=0, num_steps=330,
+        cooldown_steps=250, momentum_warmup_steps=200)}
 # A change of any other field makes another run.
-RESUME_MAY_CHANGE = set("""prepare train_files val_files micro_batch val_every save_every
-    resume log_dir run_id compile prime_steps collective_timeout""".split())
+RESUME_MAY_CHANGE = set("""prepare train_files val_files second_files micro_batch val_every
+    save_every resume log_dir run_id compile prime_steps collective_timeout""".split())
 
 def parse_command_line(arguments: list[str]) -> dict:
     choices = dict(
@@ -434,8 +435,7 @@ UPDATE_SCALES = {
 def orthogonalize(G_kmn: torch.Tensor, steps: int, dtype: torch.dtype | None = None):
     # Newton-Schulz in `dtype` (Jordan et al. 2024). Brings the singular values of matrices
     # with m <= n to about [0.7, 1.2], except those below 0.003 of the Frobenius norm.
-    size = G_kmn.norm(dim=(-2, -1), keepdim=True)
-    X = (G_kmn / size.clamp_min(1e-20)).to(dtype or G_kmn.dtype)
+    X = F.normalize(G_kmn, dim=(-2, -1), eps=1e-20).to(dtype or G_kmn.dtype)
     for _ in range(steps):
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
@@ -651,13 +651,13 @@ def validation_loss(model: GPT, x_BTD, targets_BT):
     return F.cross_entropy(model.logits(x_BTD).flatten(0, 1), targets_BT.flatten())
 
 @torch.no_grad()
-def evaluate(run, rows: range) -> float:
+def evaluate(run, text: Rows, rows: range) -> float:
     model, size, mine = run.model.eval(), run.micro_batch, rows[ranks()[0]::ranks()[1]]
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     for start in range(0, len(mine), size):
         part = mine[start:start + size]
         # Another size would be compiled anew: copies fill the last batch, uncounted.
-        tokens = run.val_rows.read([*part] + [part[0]] * (size - len(part)))
+        tokens = text.read([*part] + [part[0]] * (size - len(part)))
         tokens = tokens.to(run.device, torch.int64)
         targets = tokens[:, 1:].clone()
         targets[len(part):] = -100  # what cross_entropy ignores
@@ -707,6 +707,7 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
     require(left == 0, f"--nproc_per_node {ranks()[1]}: give a divisor of {sizes[0]} rows")
     run.train_rows = Rows("train_files", c.train_files, c, run.starts[-1])
     run.val_rows = Rows("val_files", c.val_files, c, c.val_tokens // c.seq_len)
+    run.second = glob.glob(c.second_files) and Rows("second_files", c.second_files, c, 2048)
     fits = run.val_rows.count * c.seq_len >= c.val_tokens
     require(fits, f"--val_tokens {c.val_tokens}: --val_files {c.val_files} has fewer")
     run.sha256 = dict(train=run.train_rows.sha256, val=run.val_rows.sha256)
@@ -762,14 +763,12 @@ def prime(run, start: dict) -> None:
     c, clock, rows = run.config, time.perf_counter(), 2 * run.micro_batch
     for _ in range(c.prime_steps):
         train_step(run, torch.randint(c.vocab_size, (rows, c.seq_len + 1)).to(run.device))
-        evaluate(run, range(run.val_rows.count)[:run.micro_batch * ranks()[1]])
+        evaluate(run, run.val_rows, range(run.val_rows.count)[:run.micro_batch * ranks()[1]])
     run.unread.clear()
     run.state.load_state_dict(start)
-    run.prime_seconds, run.primed_graphs = time.perf_counter() - clock, compiled_graphs()
+    torch._dynamo.utils.counters.clear()  # counts what is compiled from here on
+    run.prime_seconds = time.perf_counter() - clock
     log(run, f"priming: {run.prime_seconds:.1f} s")
-
-def compiled_graphs() -> int:
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 def accumulate_gradients(model: nn.Module, tokens, micro_batch: int) -> torch.Tensor:
     parts, total = tokens.split(micro_batch), 0.0
@@ -813,7 +812,7 @@ def log_step(run, step: int, pairs: str, console: bool = True) -> None:
         f"step_avg:{ms / step:.2f}ms", console)
 
 def validate(run) -> float:
-    loss = evaluate(run, range(run.config.val_tokens // run.config.seq_len))
+    loss = evaluate(run, run.val_rows, range(run.config.val_tokens // run.config.seq_len))
     log_step(run, run.state.step, f"val_loss:{loss:.6f}")
     return loss
 
@@ -834,7 +833,8 @@ def summarize(run, val_loss: float) -> None:
     comparable = [*run.sha256.values(), c.val_tokens] == there if all(there) else None
     sizes = {name: p.numel() for name, p in run.model.named_parameters()}
     looked_up = sum(sizes[name] for name in sizes if name.endswith(("embed.weight", "table")))
-    late = sum(gather(compiled_graphs() - run.primed_graphs))
+    second = run.second and evaluate(run, run.second, range(run.second.count)[:2048])
+    late = sum(gather(torch._dynamo.utils.counters["stats"]["unique_graphs"]))
     if late:
         log(run, f"error: {late} graphs compiled in training: a shape that priming lacks")
     log(run, f"""run_id: {c.run_id}
@@ -842,6 +842,7 @@ val_loss: {val_loss:.6f}
 target: {c.target}
 target_reached: {json.dumps(val_loss <= c.target)}
 data_comparable: {json.dumps(comparable)}
+second_loss: {second or math.nan:.6f}
 parameters: {sum(sizes.values())}
 parameters_that_multiply: {sum(sizes.values()) - looked_up}
 train_seconds: {seconds:.3f}
@@ -856,9 +857,8 @@ def train(c: Config, device: torch.device, resumed: dict) -> int:
     log_header(run)
     prime(run, resumed or copy.deepcopy(state.state_dict()))
     loader = load_batches(run.train_rows, run.starts, c.seed, device, state.step)
-    # A GPU's losses are read in tens, so that it never waits for the host.
-    every = dict(read=10 if device.type == "cuda" else 1, save=c.save_every,
-                 validate=c.val_every)
+    every = dict(read=10 if device.type == "cuda" else 1,  # a GPU never waits for the host
+                 save=c.save_every, validate=c.val_every)
     run.clock = time.perf_counter()
     while state.step < c.num_steps and not run.stopping:
         train_step(run, next(loader))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Turns text into training and validation shards, with no network.
 
-    python data/local_text.py                                # the tiny track: Python sources of the installed torch
+    python data/local_text.py      # the tiny track: Python sources of the installed torch; in second/, Python's own
     python data/local_text.py ~/novels --out data/novels     # your own text, one token per byte
     python data/local_text.py book.txt --separator '\\n\\n' --out data/book                      # several documents
     python data/local_text.py dump.jsonl.gz --text_field body --encoding gpt2 --out data/dump    # in GPT-2's BPE
@@ -29,6 +29,7 @@ import json
 import os
 import shutil
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from multiprocessing.pool import ThreadPool
@@ -224,8 +225,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(arguments: list[str] | None = None) -> None:
-    args = parse_arguments(arguments)
+def make(args: argparse.Namespace) -> None:
     try:
         there = [0 if args.force else good_tokens(args.out, split) for split in SPLITS]
         if all(there):
@@ -244,6 +244,14 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"local_text.py: nothing was written to {args.out}: {error}")
     except KeyboardInterrupt:
         sys.exit("local_text.py: interrupted; run it again")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    make(args)
+    if args.skips:     # of tiny: and its second text, on which a trained model is tried, the modules of Python itself
+        args.input, args.skips, args.out = [f"{sysconfig.get_path('stdlib')}/*.py"], (), args.out / "second"
+        make(args)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import train_gpt
 ROOT = Path(__file__).parent.parent
 SMALL = ["--num_layers", "2", "--num_heads", "2", "--head_dim", "16", "--seq_len", "32", "--batch_tokens", "512",
          "--val_tokens", "2048", "--num_steps", "20", "--cooldown_steps", "10", "--momentum_warmup_steps", "5",
-         "--dtype", "float32", "--ngram_rows", "512"]
+         "--dtype", "float32", "--ngram_rows", "512", "--second_files", ""]
 # For these sizes one thread is fastest, and pytest runs two processes (test.sh).
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -177,6 +177,18 @@ def test_the_data_compares_where_its_hashes_and_tokens_are_the_tracks(one, text,
         assert f"\ndata_comparable: {expected}\n" in (tmp_path / expected / "log.txt").read_text()
 
 
+def test_the_loss_on_a_second_text_stands_beside_the_tracks(one, text, tmp_path):
+    """That of the validation rows, given as the second text, is the validation loss; of none it is nan."""
+    val = text[text.index("--val_files") + 1]
+    c = train_gpt.make_config(train_gpt.parse_command_line(["tiny", *SMALL]))
+    count = train_gpt.Rows("val_files", val, c, 1).count
+    options = ["--second_files", val, "--val_tokens", 32 * count, "--num_steps", 2, "--log_dir", tmp_path, "--run_id", "r"]
+    assert train("tiny", *SMALL, *text, *options) == 0
+    log = (tmp_path / "r/log.txt").read_text()
+    assert re.search(r"^second_loss: (\d.*)$", log, re.M)[1] == re.search(r"^val_loss: (\d.*)$", log, re.M)[1]
+    assert "\nsecond_loss: nan\n" in (one / "log.txt").read_text()
+
+
 def test_a_fork_adds_a_part_to_the_state_and_a_figure_to_the_log(text, tmp_path, monkeypatch):
     """An average of the weights is saved, restored after priming, and resumed; the readers of logs take the figure."""
     set_up, train_step, averages = train_gpt.set_up, train_gpt.train_step, []
@@ -223,7 +235,7 @@ def test_validation_is_a_plain_cross_entropy_whatever_is_trained_on(text, tmp_pa
         assert not torch.equal(run.model.hidden(tokens), hidden(tokens))
         run.micro_batch, plain = 7, run.validation_loss
         run.validation_loss = lambda model, x, targets: sizes.append(len(x)) or plain(model, x, targets)
-        assert train_gpt.evaluate(run, rows) == pytest.approx(total / c.val_tokens, rel=1e-6)
+        assert train_gpt.evaluate(run, run.val_rows, rows) == pytest.approx(total / c.val_tokens, rel=1e-6)
         assert sizes == [7] * 6
         assert run.model.training
 
