@@ -85,6 +85,19 @@ def test_lines_bands_and_dots(tmp_path, drawn):
         assert words(drawn(tmp_path, x="seconds")) == [f"seed0 and 3 more: {expected}, 1 of 4 unfinished"]
 
 
+def test_bars_of_training_times(tmp_path):
+    """A bar for each variant, as long as the mean of the last times in the logs, the slowest on top."""
+    folders = {steps: [write(tmp_path / f"{steps}_{seed}", seed, num_steps=steps) for seed in range(3)]
+               for steps in (40, 80)}
+    write(tmp_path / "stopped", stop=10)
+    figure = plot.draw_times(find_runs([tmp_path])[0], tmp_path / "drawn.png")
+    bars = figure.axes[0].patches
+    for bar, steps in zip(bars, (40, 80), strict=True):
+        assert bar.get_width() == pytest.approx(np.mean([logged(folder, "train")[2, -1] for folder in folders[steps]]))
+    assert bars[0].get_y() < bars[1].get_y()
+    assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_names_and_colours(tmp_path, drawn):
     """A recipe's name, or the letter and what differs, or the run's; baselines are grey; no two look alike."""
     for block in range(2):
@@ -145,7 +158,9 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     for arguments, said, picture in [
             ([good], "", "logs/good/loss.png"), ([tmp_path / "logs"], "left out: ", "logs/loss.png"),
             ([good / "good"], "", "loss.png"), ([good, "--x=tokens", "--baseline", good, "--out=x.png"], "", "x.png"),
+            ([good, "--times", "--out=x.png"], "", "x.png"),
             ([bad], "batch_tokens -1: must be a whole number", ""), ([untrained], "no run has a finite loss", ""),
+            ([write(tmp_path / "stopped", stop=5), "--times"], "no run has finished", ""),
             ([good, "--out", "none/x.png"], "none/x.png cannot be written (No such file", "")]:
         monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, arguments)])
         try:

@@ -182,8 +182,8 @@ def test_the_loss_on_a_second_text_stands_beside_the_tracks(one, text, tmp_path)
     val = text[text.index("--val_files") + 1]
     c = train_gpt.make_config(train_gpt.parse_command_line(["tiny", *SMALL]))
     count = train_gpt.Rows("val_files", val, c, 1).count
-    options = ["--second_files", val, "--val_tokens", 32 * count, "--num_steps", 2, "--log_dir", tmp_path, "--run_id", "r"]
-    assert train("tiny", *SMALL, *text, *options) == 0
+    options = ["--second_files", val, "--val_tokens", 32 * count, "--num_steps", 2, "--log_dir", tmp_path]
+    assert train("tiny", *SMALL, *text, *options, "--run_id", "r") == 0
     log = (tmp_path / "r/log.txt").read_text()
     assert re.search(r"^second_loss: (\d.*)$", log, re.M)[1] == re.search(r"^val_loss: (\d.*)$", log, re.M)[1]
     assert "\nsecond_loss: nan\n" in (one / "log.txt").read_text()

@@ -4,6 +4,7 @@
     python tools/plot.py logs/RUN                                       # writes logs/RUN/loss.png
     python tools/plot.py logs/tweak --baseline logs/base --out compare.png
     python tools/plot.py records/tiny/2026-11-23_recipes --x seconds --out hero.png
+    python tools/plot.py records/tiny/2026-11-23_recipes --times --out times.png     # bars, the slowest first
 
 The runs of one setting, such as the seeds of a variant, are the line of their mean, in a band of their std. One that
 stopped before the others is a thin line.
@@ -14,6 +15,7 @@ import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 
 import matplotlib
 import numpy as np
@@ -173,11 +175,38 @@ def draw(runs: list[Run], out: Path, baselines: list[Run] = (), panels: tuple[st
     title += f"; grey: {len(variants) - len(labels)} more variants, with higher losses" * (len(labels) < len(variants))
     figure.legend(handles[::-1], labels[::-1], loc="upper right" if inside else "outside lower center", title=title,
                   edgecolor="none", handlelength=3)
+    write(figure, out)
+    return figure
+
+
+def draw_times(runs: list[Run], out: Path) -> Figure:
+    """Writes a bar of each variant's mean seconds of training, the slowest on top, and returns the picture."""
+    variants = [variant for variant in variants_of(runs, []) if all(run.finished for run in variant.whole)]
+    if not variants:
+        raise LogError("no run has finished; --times draws the times of whole runs")
+    seconds = [[run.final[0] for run in variant.whole] for variant in variants]
+    order = sorted(range(len(variants)), key=lambda i: fmean(seconds[i]))
+    names, means = [variants[i].name for i in order], [fmean(seconds[i]) for i in order]
+    spreads = [stdev(seconds[i]) if len(seconds[i]) > 1 else 0 for i in order]
+    figure = Figure((8, 0.8 + 0.5 * len(order)), dpi=150, layout="constrained")
+    axis = figure.subplots()
+    axis.barh(range(len(order)), means, xerr=spreads, color=COLORS[0], ecolor=GREY)
+    for place, i in enumerate(order):
+        losses, text = [run.final[1] for run in variants[i].whole], f"  {means[place]:.1f} s"
+        if place < len(order) - 1:
+            text += f", {means[place] / means[-1]:.2f} of the first"
+        axis.text(means[place] + spreads[place], place, f"{text}; loss {fmean(losses):.4f}", va="center", fontsize=8)
+    axis.set(xlabel=AXES["seconds"], xlim=(0, 1.45 * means[-1]), yticks=range(len(order)), yticklabels=names)
+    axis.grid(visible=False, axis="y")
+    write(figure, out)
+    return figure
+
+
+def write(figure: Figure, out: Path) -> None:
     data = io.BytesIO()
     figure.savefig(data, format="png", bbox_inches="tight")     # wider where a legend is
     # 256 colours take half the space
     Image.open(data).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE).save(out, format="PNG", optimize=True)
-    return figure
 
 
 def main():
@@ -185,6 +214,7 @@ def main():
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, log, record, or folder of these")
     parser.add_argument("--baseline", nargs="+", type=Path, default=[], metavar="RUN", help="runs to draw in grey")
     parser.add_argument("--x", choices=AXES, help="draw one panel, against this")
+    parser.add_argument("--times", action="store_true", help="draw bars of the training times instead")
     parser.add_argument("--out", type=Path, help="PNG to write (default: loss.png in the first folder)")
     args = parser.parse_args()
     folder = args.runs[0] if args.runs[0].is_dir() else args.runs[0].parent
@@ -194,7 +224,10 @@ def main():
         baselines, more_bad = find_runs(args.baseline) if args.baseline else ([], [])
         for text in bad + more_bad:
             print(f"plot.py: left out: {text}", file=sys.stderr)
-        draw(runs, out, baselines, (args.x,) if args.x else tuple(AXES))
+        if args.times:
+            draw_times(runs, out)
+        else:
+            draw(runs, out, baselines, (args.x,) if args.x else tuple(AXES))
     except LogError as error:
         sys.exit(f"plot.py: {error}")
     except OSError as error:
