@@ -21,7 +21,7 @@ from shards import ShardWriter  # noqa: E402
 
 import train_gpt  # noqa: E402
 
-CASES = [("tiny, 1 process", 256, 1024, 1), ("small, 1 of 8 ranks", 1024, 524_288, 8),
+CASES = [("tiny, 1 process", 128, 1024, 1), ("small, 1 of 8 ranks", 1024, 524_288, 8),
          ("small, 1 process", 1024, 524_288, 1)]     # tokens of a row, tokens of a step, ranks
 
 

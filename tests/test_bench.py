@@ -1,9 +1,10 @@
-"""bench/loader.py and bench/optimizers.py, on little."""
+"""bench/loader.py, bench/optimizers.py and bench/step.py, on little."""
 
 import re
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT, SMALL, environment
 
 import train_gpt
@@ -31,6 +32,18 @@ def test_the_optimizers_memory_is_that_of_the_shapes():
     matrices = sum(p.numel() for p in model.blocks.parameters())
     rest = sum(p.numel() for p in model.parameters()) - matrices
     found = {name: int(size) for name, size in re.findall(r"^\| (.*) \| (\d+) \|$", out, re.M)}
-    for name, size in (("AdamW", 8 * (matrices + rest)), ("Muon", 4 * matrices + 8 * rest),
-                       ("Muon, bf16 momentum", 2 * matrices + 8 * rest)):
+    for name, size in (("AdamW", 8 * (matrices + rest)), ("Muon", 4 * matrices + 8 * rest)):
         assert found[name] == round(size / 2**20)
+
+
+def test_the_parts_of_a_step(text):
+    """Each optimizer of the preset is a part, and the shares are of the sum; operations come slowest first."""
+    out = printed("step.py", "--steps", 3, "--operations", 4, "tiny", *SMALL, *text)
+    parts = re.findall(r"^\| ([\w ]+) \| (\d+\.\d+) \| (?:(\d+)%)? ?\|$", out, re.M)
+    times = {name: float(ms) for name, ms, _ in parts}
+    assert {"loader", "forward and backward", "muon", "adamw", "row_adam"} == times.keys() - {"all"}
+    assert 2 * times["all"] == pytest.approx(sum(times.values()), abs=0.1)
+    for name, ms, share in parts[:-1]:
+        assert float(share) == pytest.approx(100 * float(ms) / times["all"], abs=1.5), name
+    operations = [float(ms) for ms in re.findall(r"^\| aten::\w+ \| \d+ \| (\S+) \| \d+% \|$", out, re.M)]
+    assert len(operations) == 4 and operations == sorted(operations, reverse=True)
