@@ -133,6 +133,15 @@ def test_what_takes_a_place(tmp_path, change):
     assert leaderboard.has_place(found) == (not change)
 
 
+def test_only_an_experiment_on_time_takes_a_place(root, tmp_path):
+    record = keep.keep("ab", [write_experiment(tmp_path / "logs")], RECIPES, root)
+    assert RECIPES[0] in (root / "README.md").read_text()
+    plan = (record / "plan.json").read_text()
+    (record / "plan.json").write_text(plan.replace("time_to_target", "final_loss"))
+    leaderboard.update(root, write=True)
+    assert "No recipe holds a place on tiny yet." in (root / "README.md").read_text()
+
+
 def test_no_ratio_across_dtypes_or_days(tmp_path):
     today, later = (runs.find_runs([write_experiment(tmp_path / day)])[0] for day in ("today", "later"))
     adamw, muon = ([run for run in today if run.side == letter] for letter in "AB")

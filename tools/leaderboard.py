@@ -9,7 +9,8 @@ A table stands between a marker, alone on its line, and the line <!-- end -->:
     <!-- record RECORD [FIELD ... show FIELD ...] -->     variants of a record; with FIELDs of Config, only the one of
                                           lowest loss for each of their values, with the fields to show
 
-A recipe is a source and its Config, the seed aside, with a name in its record. It holds a place with 5 or more finished
+A recipe is a source and its Config, the seed aside, with a name in its record; one of an experiment on anything but
+time_to_target does not count. It holds a place with 5 or more finished
 runs of different seeds on one kind of machine, on the track's data and target, whose mean final loss is below the
 target at p < 0.01 (one-sided t-test). Its time is the mean training time of runs whose length was fixed before they
 started. "time / AdamW's" is measured in the same blocks of one experiment, at the same dtype, where the mean loss of
@@ -106,7 +107,9 @@ def leaderboard(root: Path, here: Path, track: str, most: str = "") -> list[str]
         raise LogError(f"leaderboard {track}: is no track; name one of {', '.join(TRACKS)}")
     best = {}
     for folder in sorted(path.parent for path in (root / "records" / track).glob("*/runs.json")):
-        record, link = group(read_record(folder)), os.path.relpath(folder, here)
+        plan, record, link = read_plan(folder), group(read_record(folder)), os.path.relpath(folder, here)
+        if plan and plan["metric"] != "time_to_target":
+            continue
         for runs in [runs for runs in record if runs[0].recipe and has_place(runs)]:
             to_adamw = ratio_to_adamw(runs, record)
             row = {
