@@ -56,7 +56,8 @@ def result(clone, *arguments, **variables) -> tuple[int, str, list[str]]:
 
 
 TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node="
-ONE_OF_TWO = "-m torch.distributed.run --nnodes=2 --node_rank=1 --master_addr=127.0.0.1 --master_port=99 --nproc_per_node=8 "
+ONE_OF_TWO = ("-m torch.distributed.run --nnodes=2 --node_rank=1 --master_addr=127.0.0.1 --master_port=99 "
+              "--nproc_per_node=8 ")
 EIGHT, NODES = dict(GPUS="8", BYTES="80e9"), dict(NNODES="2", NODE_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="99")
 
 
