@@ -326,7 +326,6 @@ def attend(q_BHTK, k_BHTK, v_BHTK, scale: float) -> torch.Tensor:
     q, k, v = q_BHTK, k_BHTK, v_BHTK
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     future = torch.full((q.size(1), q.size(1)), -torch.inf, dtype=q.dtype).triu(1)
     scores = torch.baddbmm(future, q, k.mT, alpha=scale)
@@ -707,7 +706,8 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
     require(left == 0, f"--nproc_per_node {ranks()[1]}: give a divisor of {sizes[0]} rows")
     run.train_rows = Rows("train_files", c.train_files, c, run.starts[-1])
     run.val_rows = Rows("val_files", c.val_files, c, c.val_tokens // c.seq_len)
-    run.second = glob.glob(c.second_files) and Rows("second_files", c.second_files, c, 2048)
+    there = all(gather(glob.glob(c.second_files)))
+    run.second = there and Rows("second_files", c.second_files, c, 2048)
     fits = run.val_rows.count * c.seq_len >= c.val_tokens
     require(fits, f"--val_tokens {c.val_tokens}: --val_files {c.val_files} has fewer")
     run.sha256 = dict(train=run.train_rows.sha256, val=run.val_rows.sha256)

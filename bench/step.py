@@ -32,7 +32,7 @@ class Clock:
         self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         self.seconds, self.started = defaultdict(list), 0.0
 
-    def start(self, *_) -> None:
+    def start(self) -> None:
         self.wait()
         self.started = time.perf_counter()
 
