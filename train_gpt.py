@@ -21,6 +21,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import threading
@@ -29,13 +30,14 @@ import traceback
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.utils import benchmark
+from torch.nn.attention.varlen import varlen_attn
 
 
 class RunError(ValueError):
@@ -61,21 +63,29 @@ class Config:
     val_tokens: int = 10 * 2**20  # tokens of a validation
     target: float = 3.28  # validation loss to reach, in nats a token
     # Model
-    seq_len: int = 1024  # tokens of a row
+    seq_len: int = 8192  # tokens of a row
+    document_tokens: int = 2048  # most of a document (0: rows of running text)
     num_layers: int = 12
     num_heads: int = 6
     head_dim: int = 128  # channels
-    ngram_rows: int = 0  # of the hashed table of each n (0: off)
-    ngram_max: int = 4  # n from 2 on
+    windows: str = "SSSL"  # of the layers, in turn: L is a stage's, S half of it
+    mixing: str = "on"  # each block's input: a sum with the embedding
+    gates: str = "on"  # of each head
+    value_tables: int = 3  # of the first and the last layers (0: off)
+    ngram_rows: int = 2**20  # of the hashed table of each n (0: off)
+    ngram_max: int = 3  # n from 2 on
+    ngram_dim: int = 192  # channels (0: all)
     attention_scale: float = 0.12  # factor of q . k
     logit_softcap: float = 15.0  # c in c * tanh(logits / c)
     dtype: str = "auto"  # of activations; auto: by hardware
+    tokens_ahead: int = 3  # that a token predicts, at first
     # Batch
-    batch_tokens: int = 524_288  # tokens of a step
+    batch_tokens: int = 131_072  # tokens of a step, times a stage's factor
     micro_batch: int = 0  # most rows at once (0: auto)
     # Optimizers. The rates of other parameters are ratios to lr.
-    lr: float = 0.002  # learning rate of lm_head
-    embed_lr_ratio: float = 150.0  # of the embedding
+    lr: float = 0.0023  # learning rate of lm_head
+    embed_lr_ratio: float = 260.0  # of embeddings
+    mixing_lr_ratio: float = 15.0
     matrix_lr_ratio: float = 0.0  # of matrices (0: update_scale's)
     matrix_optimizer: str = "muon"  # a name in OPTIMIZERS
     update_scale: str = "sqrt_ratio"  # a name in UPDATE_SCALES
@@ -83,12 +93,15 @@ class Config:
     momentum_start: float = 0.85  # at the first step
     momentum_warmup_steps: int = 300  # between the two (0: off)
     nesterov: str = "on"  # off: Muon does not look ahead
-    normuon_beta2: float = 0.0  # of NorMuon's second moment (0: off)
-    matrix_weight_decay: float = 0.0  # times lr (0: off)
+    normuon_beta2: float = 0.95  # of NorMuon's second moment (0: off)
+    matrix_weight_decay: float = 1.2  # times lr (0: off)
+    cautious: str = "on"  # Muon's decay, where signs agree, times lr again
     # Schedule
-    num_steps: int = 4600
+    num_steps: int = 2100
+    stages: str = "1:384 2:896 3:1408"  # factor:window, for equal shares of the steps
+    val_window: int = 2560  # tokens (0: the whole row)
     warmup_steps: int = 0  # linear (0: off)
-    cooldown_steps: int = 1800  # linear (0: off)
+    cooldown_steps: int = 1150  # linear (0: off)
     # Run
     seed: int = 0  # of weights and data order
     val_every: int = 125  # steps (0: at end)
@@ -109,18 +122,20 @@ TRACKS = {
         train_files="data/tiny/train_*.bin", val_files="data/tiny/val_*.bin",
         train_sha256="8c50fa9a10abf3fef5d6cd34ceedb667a62d72251aba450c66b02e151bbedac6",
         val_sha256="709ddb7c9af041164ff67d6e516132236f9070f4f3d20eb9f4b26582240e3e11",
-        second_files="data/tiny/second/*.bin", seq_len=128, num_layers=2, num_heads=4,
-        head_dim=32, attention_scale=0.24, ngram_rows=65_536, ngram_max=6, batch_tokens=1024,
-        lr=0.003, embed_lr_ratio=30.0, normuon_beta2=0.95, val_every=0, num_steps=330,
+        second_files="data/tiny/second/*.bin", seq_len=128, document_tokens=0, num_layers=2,
+        num_heads=4, head_dim=32, windows="L", mixing="off", gates="off", value_tables=0,
+        attention_scale=0.24, ngram_rows=65_536, ngram_max=6, ngram_dim=0, tokens_ahead=1,
+        batch_tokens=1024, lr=0.003, embed_lr_ratio=30.0, matrix_weight_decay=0.0,
+        cautious="off", stages="1:0", val_window=0, val_every=0, num_steps=330,
         cooldown_steps=250, momentum_warmup_steps=200)}
 # A change of any other field makes another run.
 RESUME_MAY_CHANGE = set("""prepare train_files val_files second_files micro_batch val_every
     save_every resume log_dir run_id compile prime_steps collective_timeout""".split())
 
 def parse_command_line(arguments: list[str]) -> dict:
-    choices = dict(
-        dtype=["auto", "float32", "bfloat16"], nesterov=["on", "off"],
-        compile=["auto", "on", "off"], matrix_optimizer=OPTIMIZERS, update_scale=UPDATE_SCALES)
+    choices = dict.fromkeys(["nesterov", "mixing", "gates", "cautious"], ["on", "off"]) | dict(
+        dtype=["auto", "float32", "bfloat16"], compile=["auto", "on", "off"],
+        matrix_optimizer=OPTIMIZERS, update_scale=UPDATE_SCALES)
     parser = argparse.ArgumentParser(
         usage="train_gpt.py TRACK [--field value ...], or --help",
         description=__doc__, epilog=inspect.getsource(Config), allow_abbrev=False,
@@ -146,12 +161,19 @@ def make_config(given: dict, saved: dict | None = None) -> Config:
             require(same, f"--{name} {given[name]}: the run has {saved[name]}; leave it out")
         c = Config(**saved | dict(log_dir=str(folder.parent), run_id=folder.name) | given)
     units = dict(seq_len=1, val_tokens=c.seq_len, batch_tokens=c.seq_len, num_steps=1,
-                 num_layers=1, num_heads=1, head_dim=2, vocab_size=1)
+                 num_layers=1, num_heads=1, head_dim=2, vocab_size=1, tokens_ahead=1)
     for name in units | vars(c):
         value, unit = getattr(c, name), units.get(name, 0)
         good = isinstance(value, str) or unit <= value < math.inf
         require(good, f"--{name} {value}: give at least {unit}")
         require(not unit or value % unit == 0, f"--{name} {value}: give a multiple of {unit}")
+    for name, most in dict(document_tokens=c.seq_len, ngram_dim=c.model_dim,
+                           value_tables=c.num_layers).items():
+        value = getattr(c, name)
+        require(value <= most, f"--{name} {value}: give at most {most}")
+    for name, form in dict(stages=r"[1-9]\d*:\d+( +[1-9]\d*:\d+)*", windows="[SL]+").items():
+        value = getattr(c, name)
+        require(re.fullmatch(form, value), f"--{name} {value}: give, say, {getattr(Config, name)}")
     plain = c.run_id == os.path.basename(c.run_id).lstrip(".")
     require(plain, f"--run_id {c.run_id}: give a folder's name")
     return c
@@ -237,24 +259,41 @@ def open_shard(path: str, vocab_size: int) -> np.ndarray:
 
 class Rows:
     # Rows of seq_len tokens and the one after; no row spans two shards. Shards beyond the
-    # first `max_rows` rows are left out, so that it does not matter how many are there.
-    def __init__(self, option: str, pattern: str, c: Config, max_rows: int):
-        self.seq_len, self.count = c.seq_len, 0
+    # first `max_rows` rows are left out, so that it does not matter how many are there. With
+    # `cut`, a row begins with a document, and has no more than so many tokens of each.
+    def __init__(self, option: str, pattern: str, c: Config, max_rows: int, cut: int = 0):
+        self.seq_len, self.cut, self.count, self.documents = c.seq_len, cut, 0, 1
         self.shards, self.firsts, digest = [], [], hashlib.sha256()
         for path in sorted(glob.glob(pattern)):
             if self.count < max_rows:
-                self.shards.append(open_shard(path, c.vocab_size))
                 self.firsts.append(self.count)  # its first row
-                self.count += max(0, len(self.shards[-1]) - 1) // c.seq_len
+                self.add(open_shard(path, c.vocab_size), c)
                 digest.update(Path(path).read_bytes())
         require(self.count, f"--{option} {pattern}: no row there; run {c.prepare}")
         self.sha256 = digest.hexdigest()
+    def add(self, tokens: np.ndarray, c: Config) -> None:
+        starts = np.zeros(1, dtype=np.int64)  # of documents
+        if c.document_tokens:
+            starts = np.union1d(starts, np.flatnonzero(tokens == c.vocab_size - 1))
+        lengths = np.diff(starts, append=len(tokens)).clip(max=self.cut or None)
+        ends = lengths.cumsum()
+        begins = ends - lengths  # in what is kept
+        self.shards.append((tokens, begins, starts - begins))
+        self.count += max(0, int(ends[-1]) - 1) // c.seq_len
+        # At most so many documents share a row: those that start in it, and one before.
+        starting = np.searchsorted(begins, begins + c.seq_len) - np.arange(len(begins))
+        self.documents = max(self.documents, int(starting.max()) + 1)
     def read(self, rows) -> torch.Tensor:
         tokens = np.empty((len(rows), self.seq_len + 1), dtype=np.uint16)
         for i, row in enumerate(rows):
             shard = np.searchsorted(self.firsts, row, side="right") - 1
-            start = (row - self.firsts[shard]) * self.seq_len
-            tokens[i] = self.shards[shard][start:start + self.seq_len + 1]
+            source, begins, shifts = self.shards[shard]
+            place = (row - self.firsts[shard]) * self.seq_len
+            if self.cut:
+                place = begins[np.searchsorted(begins, place, side="right") - 1]
+            places = place + np.arange(self.seq_len + 1)
+            document = np.searchsorted(begins, places, side="right") - 1
+            tokens[i] = source[places + shifts[document]]
         return torch.from_numpy(tokens)
 
 @lru_cache(4)
@@ -297,53 +336,81 @@ def rotate(x_BTHK, cos, sin):
     a, b = x_BTHK.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x_BTHK)
 
-def choose_attention(c: Config, device: torch.device) -> str:
-    # Leaves on the SDPA backend that is fastest on rank 0's GPU, and the plain one, for
-    # shapes that it refuses.
-    if device.type != "cuda":
-        return "plain products" if c.dtype == "bfloat16" else "torch SDPA"
-    x_BHTK = torch.randn(4, c.num_heads, c.seq_len, c.head_dim, device=device)
-    x_BHTK = x_BHTK.to(getattr(torch, c.dtype)).requires_grad_()
-    timer = benchmark.Timer("y = f(x, x, x, is_causal=True); y.backward(y)",
-                            globals=dict(f=F.scaled_dot_product_attention, x=x_BHTK))
-    cuda, seconds = torch.backends.cuda, {}
-    switches = dict(cuDNN=cuda.enable_cudnn_sdp, flash=cuda.enable_flash_sdp,
-                    efficient=cuda.enable_mem_efficient_sdp, math=cuda.enable_math_sdp)
+class Seen(NamedTuple):
+    # What a token sees of its document: itself and up to `window` tokens before it.
+    mask: torch.Tensor | None = None  # (T, T) or (B, 1, T, T): -inf for what it does not; or
+    bounds: torch.Tensor | None = None  # int32: of the documents in the flattened rows
+    longest: int = 0  # of the documents
+    window: int = -1  # -1: all
 
-    for name in switches:
-        for other, switch in switches.items():
-            switch(other == name)
-        with contextlib.suppress(RuntimeError):  # not on this GPU
-            seconds[name] = timer.timeit(20).median
+def make_mask(first_BT, window: int, dtype: torch.dtype, documents: bool) -> torch.Tensor:
+    # first_BT: whether a document starts there.
+    place = torch.arange(first_BT.size(1), device=first_BT.device)
+    back = place[:, None] - place
+    seen = (back >= 0) & (back <= (window or len(place)))
+    if documents:
+        number = first_BT.cumsum(1)[:, None]
+        seen = seen & (number[..., None] == number[..., None, :])
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
-    chosen = gather(min(seconds, key=seconds.get))[0]
-    for name, switch in switches.items():
-        switch(name in (chosen, "math"))
-    return f"torch SDPA, {chosen}"
+def make_bounds(first_BT, most: int | None) -> torch.Tensor:
+    # Of `most` documents: those that are not there are empty. No size depends on how many are.
+    total = first_BT.numel()
+    place = torch.arange(total, device=first_BT.device)
+    starts = place.where(first_BT.flatten(), total).sort().values[:most]
+    return F.pad(starts, (0, 1), value=total).int()
 
-def attend(q_BHTK, k_BHTK, v_BHTK, scale: float) -> torch.Tensor:
-    # Causal attention. For bfloat16 torch's CPU kernel is slower than plain products.
-    q, k, v = q_BHTK, k_BHTK, v_BHTK
+def has_varlen(c: Config, device: torch.device) -> bool:
+    # Whether FlashAttention over documents works, forward and backward, on all ranks.
+    works = False
+    if device.type == "cuda":
+        x = torch.ones(64, c.num_heads, c.head_dim, device=device, dtype=getattr(torch, c.dtype))
+        x.requires_grad_()
+        bounds = torch.tensor([0, 32, 64], dtype=torch.int32, device=device)
+        with contextlib.suppress(RuntimeError):
+            varlen_attn(x, x, x, bounds, bounds, 32, 32, window_size=(16, 0)).sum().backward()
+            works = True
+    return all(gather(works))
+
+def attend(q_BTHK, k_BTHK, v_BTHK, scale: float, seen: Seen) -> torch.Tensor:
+    if seen.bounds is not None:
+        q, k, v = q_BTHK.flatten(0, 1), k_BTHK.flatten(0, 1), v_BTHK.flatten(0, 1)
+        y = varlen_attn(q, k, v, seen.bounds, seen.bounds, seen.longest, seen.longest,
+                        scale=scale, window_size=(seen.window, 0))
+        return y.view_as(q_BTHK)
+    q, k, v = q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BTHK.transpose(1, 2)
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    future = torch.full((q.size(1), q.size(1)), -torch.inf, dtype=q.dtype).triu(1)
-    scores = torch.baddbmm(future, q, k.mT, alpha=scale)
-    return (scores.softmax(-1) @ v).view_as(q_BHTK)
+        y = F.scaled_dot_product_attention(q, k, v, seen.mask, scale=scale)
+        return y.transpose(1, 2)
+
+    # For bfloat16 torch's CPU kernel is slower than plain products.
+    mask = seen.mask
+    if mask.ndim == 4:
+        mask = mask.expand(-1, q.size(1), -1, -1).flatten(0, 1)
+    scores = torch.baddbmm(mask, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale)
+    y = scores.softmax(-1) @ v.flatten(0, 1)
+    return y.view_as(q).transpose(1, 2)
 
 class Attention(nn.Module):
     # q and k have unit RMS, which bounds q . k (arXiv:2010.04245).
     def __init__(self, c: Config):
         super().__init__()
         self.num_heads, self.scale = c.num_heads, c.attention_scale
+        # Of each head: how much of its output and of the value embedding there is, 1 at first.
+        self.gates = Linear(12, 2 * c.num_heads, bias=False) if c.gates == "on" else None
         self.qkv = Linear(c.model_dim, 3 * c.model_dim, bias=False)  # rows of Q, K, V
         self.proj = Linear(c.model_dim, c.model_dim, bias=False)
-    def forward(self, x_BTD, cos, sin):
+    def forward(self, x_BTD, values_BTD, seen: Seen, cos, sin):
         q, k, v = self.qkv(x_BTD).unflatten(2, (3, self.num_heads, -1)).unbind(2)
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        y = attend(q, k, v, self.scale)
-        return self.proj(y.transpose(1, 2).flatten(2))
+        gate, value_gate = 1.0, 1.0
+        if self.gates:
+            gates = 2 * self.gates(x_BTD[..., :12]).sigmoid()
+            gate, value_gate = gates.unsqueeze(3).chunk(2, dim=2)
+        if values_BTD is not None:
+            v = v + value_gate * values_BTD.view_as(v)
+        y = gate * attend(q, k, v, self.scale, seen)
+        return self.proj(y.flatten(2))
 
 class MLP(nn.Module):
     # W2 relu(W1 x)^2 (So et al. 2021, arXiv:2109.08668).
@@ -358,7 +425,11 @@ class Block(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.attention, self.mlp = Attention(c), MLP(c)
-    def forward(self, x_BTD, *others):
+        self.mix = nn.Parameter(torch.zeros(2)) if c.mixing == "on" else None
+    def forward(self, x_BTD, embedded_BTD, *others):
+        if self.mix is not None:
+            a, b = self.mix.to(x_BTD.dtype)
+            x_BTD = x_BTD + a * x_BTD + b * embedded_BTD
         x_BTD = x_BTD + self.attention(norm(x_BTD), *others)
         return x_BTD + self.mlp(norm(x_BTD))
 
@@ -370,7 +441,9 @@ class Ngrams(nn.Module):
         super().__init__()
         require(c.ngram_max > 1, f"--ngram_max {c.ngram_max}: give at least 2")
         self.rows, self.sizes = c.ngram_rows, range(2, c.ngram_max + 1)
-        table = torch.empty(len(self.sizes) * c.ngram_rows, c.model_dim)
+        dim = c.ngram_dim or c.model_dim
+        self.padding = c.model_dim - dim  # the other channels have none
+        table = torch.empty(len(self.sizes) * c.ngram_rows, dim)
         self.table = nn.Parameter(table, requires_grad=False)
     def ids(self, tokens_BT):
         ids, hashed = [], tokens_BT
@@ -381,10 +454,10 @@ class Ngrams(nn.Module):
         return torch.stack(ids)
     def forward(self, tokens_BT):
         ids = self.ids(tokens_BT)
-        rows = F.embedding(ids, self.table)
+        sums = F.embedding(ids, self.table).sum(0)
         if torch.is_grad_enabled():
-            vars(self.table).setdefault("touched", []).append((ids, rows.requires_grad_()))
-        return rows.sum(0)
+            vars(self.table).setdefault("touched", []).append((ids, sums.requires_grad_()))
+        return F.pad(sums, (0, self.padding))
 
 class GPT(nn.Module):
     def __init__(self, c: Config):
@@ -392,36 +465,71 @@ class GPT(nn.Module):
         self.config = c
         self.embed = nn.Embedding(c.padded_vocab_size, c.model_dim)
         self.ngrams = Ngrams(c) if c.ngram_rows else None
+        self.value_embeds = nn.ModuleList(
+            nn.Embedding(c.padded_vocab_size, c.model_dim) for _ in range(c.value_tables))
+        # {layer: its table}: the last layers have those of the first.
+        tables = range(c.value_tables)
+        self.table_of = {c.num_layers - c.value_tables + i: i for i in tables}
+        self.table_of |= {i: i for i in tables}
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.lm_head = Linear(c.model_dim, c.padded_vocab_size, bias=False)
+        self.varlen, self.most_documents = False, None  # in a batch, as set_up finds
     @torch.no_grad()
     def initialize(self) -> "GPT":
         # Draws the weights on the CPU, so that they are the same everywhere.
         std = 0.5 * self.config.model_dim ** -0.5
-        stds = {"embed.weight": 1.0, "qkv.weight": std, "up.weight": std,
-                "lm_head.weight": 0.0, "proj.weight": 0.0, "table": 0.0}
+        stds = {"value_embeds.*.weight": 0.0, "embed.weight": 1.0, "qkv.weight": std, "up.weight": std,
+                "lm_head.weight": 0.0, "proj.weight": 0.0, "table": 0.0, "gates.weight": 0.0,
+                "mix": 0.0}
         generator = torch.Generator().manual_seed(self.config.seed)
         for name, p in self.named_parameters():
-            fits = [stds[end] for end in stds if name.endswith(end)]
+            fits = [stds[end] for end in stds if fnmatch.fnmatchcase(name, f"*{end}")]
             require(fits, f"parameter {name}: add it to GPT.initialize")
             nn.init.normal_(p, 0.0, fits[0], generator)
         return self
-    def hidden(self, tokens_BT):
+    def seen(self, tokens_BT, window: int) -> dict[str, Seen]:
+        # {kind of layer: what its tokens see}.
+        c, dtype = self.config, getattr(torch, self.config.dtype)
+        documents = c.document_tokens > 0
+        first_BT = tokens_BT == (c.vocab_size - 1 if documents else -1)
+        first_BT[:, 0] = True
+        windows = {kind: window // dict(L=1, S=2)[kind] for kind in c.windows}
+        if not self.varlen:
+            return {kind: Seen(make_mask(first_BT, windows[kind], dtype, documents))
+                    for kind in windows}
+
+        bounds, longest = make_bounds(first_BT, self.most_documents), tokens_BT.size(1)
+        if documents and self.training:
+            longest = c.document_tokens
+        return {kind: Seen(None, bounds, longest, windows[kind] or -1) for kind in windows}
+    def hidden(self, tokens_BT, window: int = 0):
+        # window: of the long layers (0: the whole row).
+        c, dtype = self.config, getattr(torch, self.config.dtype)
         x_BTD = self.embed(tokens_BT)
         if self.ngrams:
             x_BTD = x_BTD + self.ngrams(tokens_BT)
-        x_BTD = norm(x_BTD.to(getattr(torch, self.config.dtype)))
-        cos, sin = rotary_tables(x_BTD.size(1), self.config.head_dim, x_BTD.device)
-        for block in self.blocks:
-            x_BTD = block(x_BTD, cos, sin)
+        x_BTD = embedded_BTD = norm(x_BTD.to(dtype))
+        values = [embed(tokens_BT).to(dtype) for embed in self.value_embeds] + [None]
+        seen = self.seen(tokens_BT, window)
+        cos, sin = rotary_tables(x_BTD.size(1), c.head_dim, x_BTD.device)
+        for layer, block in enumerate(self.blocks):
+            kind, table = c.windows[layer % len(c.windows)], self.table_of.get(layer, -1)
+            x_BTD = block(x_BTD, embedded_BTD, values[table], seen[kind], cos, sin)
         return x_BTD
     def logits(self, x_BTD):
         cap = self.config.logit_softcap
         return cap * torch.tanh(self.lm_head(norm(x_BTD)).float() / cap)
-    def loss(self, x_BTD, targets_BT):
-        return F.cross_entropy(self.logits(x_BTD).flatten(0, 1), targets_BT.flatten())
-    def forward(self, tokens_BT, targets_BT):
-        return self.loss(self.hidden(tokens_BT), targets_BT)
+    def loss(self, x_BTD, targets_BT, ahead=None):
+        # Cross-entropy. ahead: the weights of the next token, which is 1, and of those after it
+        # (multi-token prediction, Gloeckle et al. 2024, arXiv:2404.19737, with one lm_head).
+        log_p = self.logits(x_BTD).flatten(0, 1).log_softmax(-1)
+        loss = F.nll_loss(log_p, targets_BT.flatten())
+        for k in range(1, self.config.tokens_ahead):
+            later_BT = F.pad(targets_BT[:, k:], (0, k), value=-100)  # -100: is ignored
+            loss = loss + ahead[k] * F.nll_loss(log_p, later_BT.flatten())
+        return loss
+    def forward(self, tokens_BT, targets_BT, window: int = 0, ahead=None):
+        return self.loss(self.hidden(tokens_BT, window), targets_BT, ahead)
 
 # ==== 5. Optimizers and the parameter table =======================================
 # The scale of an orthogonal m x n update, and the ratio of its learning rate to AdamW's.
@@ -454,6 +562,8 @@ class Muon(torch.optim.Optimizer):
     SETTINGS = dict(
         lr=0.02, momentum=0.95, weight_decay=0.0, parts=1, update_scale="sqrt_ratio",
         nesterov=True,  # False: u is of v alone
+        # True: W decays by lr^2 weight_decay, where u makes it smaller (arXiv:2510.12402).
+        cautious=False,
         # NorMuon (Li et al. 2025, arXiv:2510.05491): divides each row of u (if m < n, unlike the
         # paper, each column) by its running RMS, and keeps the norm of u. 0: off.
         beta2=0.0, ns_steps=5, ns_dtype=None)
@@ -518,8 +628,12 @@ class Muon(torch.optim.Optimizer):
         m, n = p.size(-2) / group["parts"], p.size(-1)
         factor = group["lr"] * UPDATE_SCALES[group["update_scale"]][0](m, n)
         for p, u in zip(members, U.chunk(len(members)), strict=True):
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            self.wide(p, group).add_(u, alpha=-factor)
+            W, decay = self.wide(p, group), group["lr"] * group["weight_decay"]
+            if group["cautious"]:
+                W.sub_(W * (u * W > 0), alpha=group["lr"] * decay)
+            else:
+                W.mul_(1 - decay)
+            W.add_(u, alpha=-factor)
 
 class RowAdam(torch.optim.Optimizer):
     """Adam without momentum, for the rows of a table (as in Ngrams) that a step touches.
@@ -527,7 +641,8 @@ class RowAdam(torch.optim.Optimizer):
         s <- beta2 s + (1 - beta2) g^2;   w <- w - lr g / sqrt(s / (1 - beta2^t))
 
     (arXiv:1412.6980, beta1 = 0.) An idle row keeps its weights and its s, as in SparseAdam.
-    Takes `touched` from the parameter: pairs of ids (...) and rows (..., D) with a gradient.
+    Takes `touched` from the parameter: pairs of ids (n, ...) and sums (..., D) of the n rows,
+    which have a gradient.
     """
     def __init__(self, params, lr: float, beta2: float = 0.99):
         super().__init__(params, dict(lr=lr, beta2=beta2))
@@ -538,8 +653,9 @@ class RowAdam(torch.optim.Optimizer):
                 self.update(p, group["lr"], group["beta2"])
     def update(self, p: torch.Tensor, lr: float, beta2: float) -> None:
         touched = vars(p).pop("touched")
-        ids = gather_rows(torch.cat([ids.flatten() for ids, _ in touched]))
-        grads = gather_rows(torch.cat([rows.grad.flatten(0, -2) for _, rows in touched]))
+        ids = gather_rows(torch.cat([ids.flatten(1) for ids, _ in touched], 1).T.contiguous())
+        grads = gather_rows(torch.cat([sums.grad.flatten(0, -2) for _, sums in touched]))
+        ids, grads = ids.T.flatten(), grads.repeat(ids.size(1), 1)
         # The sum of each row's gradients, at each of its places in ids; no size depends
         # on how many differ, for which the host would wait.
         ordered, order = ids.sort()
@@ -567,7 +683,8 @@ def gather_rows(x: torch.Tensor) -> torch.Tensor:
 
 def make_muon(groups: list, c: Config, update_scale: str) -> Muon:
     return Muon(groups, momentum=c.momentum, beta2=c.normuon_beta2, update_scale=update_scale,
-                nesterov=c.nesterov == "on", ns_dtype=getattr(torch, c.dtype))
+                nesterov=c.nesterov == "on", cautious=c.cautious == "on",
+                ns_dtype=getattr(torch, c.dtype))
 
 # OrthogonalNesterov's momentum, v <- mu v + g, is the same but for a factor, which
 # orthogonalize removes.
@@ -584,10 +701,14 @@ def parameter_table(c: Config) -> list[tuple]:
     ratios = dict(muon=UPDATE_SCALES[c.update_scale][1], orthogonal_nesterov=10.0)
     matrix_lr = c.lr * (c.matrix_lr_ratio or ratios.get(matrix, 1.0))
     parts = dict(muon=3).get(matrix, 1)
-    tables = [("ngrams.table", "row_adam", c.lr * c.embed_lr_ratio, 0.0, 1)]
-    return tables * bool(c.ngram_rows) + [
+    embed_lr, mixing_lr = c.lr * c.embed_lr_ratio, c.lr * c.mixing_lr_ratio
+    table = [("ngrams.table", "row_adam", embed_lr, 0.0, 1)] * bool(c.ngram_rows)
+    table += [("value_embeds.*", "adamw", embed_lr, 0.0, 1)] * bool(c.value_tables)
+    table += [("blocks.*.mix", "adamw", mixing_lr, 0.0, 1)] * (c.mixing == "on")
+    table += [("blocks.*.gates.*", "adamw", c.lr, 0.0, 1)] * (c.gates == "on")
+    return table + [
         ("lm_head.weight", "adamw", c.lr, 0.0, 1),
-        ("*embed.weight", "adamw", c.lr * c.embed_lr_ratio, 0.0, 1),
+        ("*embed.weight", "adamw", embed_lr, 0.0, 1),
         ("blocks.*.qkv.weight", matrix, matrix_lr, decay, parts),
         ("blocks.*.weight", matrix, matrix_lr, decay, 1)]
 
@@ -605,11 +726,24 @@ def make_optimizers(model: GPT, c: Config) -> tuple[dict, str]:
     return {name: OPTIMIZERS[name](groups[name], c) for name in groups}, table
 
 # ==== 6. Schedules: functions of the step, 0 for the first ========================
+def stage(c: Config, step: int) -> tuple[int, int]:
+    # Of this step: the factor of batch_tokens, and the window of the long layers.
+    stages = c.stages.split()
+    factor, window = stages[step * len(stages) // c.num_steps].split(":")
+    return int(factor), int(window)
+
+def ahead_weights(c: Config, step: int) -> list[float]:
+    # 1 for the next token, half as much for each one further ahead. They go to 0 one after the
+    # other, the furthest first, each over an equal share of the steps.
+    shares = c.tokens_ahead * (1 - step / c.num_steps)  # that are left
+    return [1.0] + [0.5 ** k * min(1.0, max(0.0, shares - k)) for k in range(1, c.tokens_ahead)]
+
 def lr_multiplier(c: Config, step: int) -> float:
-    # Linear warm-up, constant, linear cool-down (Hagele et al. 2024, arXiv:2405.18392).
+    # Linear warm-up, constant, linear cool-down (Hagele et al. 2024, arXiv:2405.18392), times
+    # the root of the batch (Malladi et al. 2022, arXiv:2205.10287).
     warmup = (step + 1) / max(1, c.warmup_steps)
     left = (c.num_steps - step) / max(1, min(c.cooldown_steps, c.num_steps))
-    return min(1.0, warmup, left)
+    return min(1.0, warmup, left) * stage(c, step)[0] ** 0.5
 
 def muon_momentum(c: Config, step: int) -> float:
     if step >= c.momentum_warmup_steps:
@@ -618,7 +752,7 @@ def muon_momentum(c: Config, step: int) -> float:
 
 def batch_rows(c: Config, step: int) -> int:
     # The same for any number of processes.
-    return c.batch_tokens // c.seq_len
+    return stage(c, step)[0] * c.batch_tokens // c.seq_len
 
 def set_schedules(optimizers: dict, c: Config, step: int) -> None:
     for optimizer in optimizers.values():
@@ -660,7 +794,8 @@ def evaluate(run, text: Rows, rows: range) -> float:
         tokens = tokens.to(run.device, torch.int64)
         targets = tokens[:, 1:].clone()
         targets[len(part):] = -100  # what cross_entropy ignores
-        loss = run.validation_loss(model, model.hidden(tokens[:, :-1]), targets)
+        x_BTD = model.hidden(tokens[:, :-1], run.config.val_window)
+        loss = run.validation_loss(model, x_BTD, targets)
         total += loss.double() * len(part)
     model.train()
     return sum(gather(total.item())) / len(rows)
@@ -702,9 +837,10 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
         signal.signal(number, lambda number, frame: run.signals.append(number))
     sizes = [batch_rows(c, step) for step in range(c.num_steps)]
     run.starts = np.cumsum([0, *sizes]).tolist()
-    share, left = divmod(sizes[0], ranks()[1])
-    require(left == 0, f"--nproc_per_node {ranks()[1]}: give a divisor of {sizes[0]} rows")
-    run.train_rows = Rows("train_files", c.train_files, c, run.starts[-1])
+    least = math.gcd(*sizes)  # rows, so that all stages run as many at once
+    share, left = divmod(least, ranks()[1])
+    require(left == 0, f"--nproc_per_node {ranks()[1]}: give a divisor of {least} rows")
+    run.train_rows = Rows("train_files", c.train_files, c, run.starts[-1], c.document_tokens)
     run.val_rows = Rows("val_files", c.val_files, c, c.val_tokens // c.seq_len)
     there = all(gather(glob.glob(c.second_files)))
     run.second = there and Rows("second_files", c.second_files, c, 2048)
@@ -724,15 +860,18 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
     taken = gather((run.folder / "log.txt").exists())[0] and not resumed
     require(not taken, f"--run_id {c.run_id}: has run already; give another")
     run.folder.mkdir(parents=True, exist_ok=True)
-    run.attention = choose_attention(c, device)
     torch.manual_seed(c.seed)
     run.model = run.ddp = GPT(c).initialize().to(device)
+    run.model.varlen = has_varlen(c, device)
+    texts = [run.train_rows, run.val_rows, *([run.second] * bool(run.second))]
+    run.model.most_documents = run.micro_batch * max(text.documents for text in texts)
     run.optimizers, run.table = make_optimizers(run.model, c)
     run.state = State(model=run.model, **run.optimizers)
     run.validation_loss = validation_loss
     if run.compiled:
         # Blocks, not the model: quick to compile. DDP need not split them at its buckets.
         torch._dynamo.config.optimize_ddp = False
+        torch._dynamo.config.recompile_limit = 64  # a window is a graph
         for block in run.model.blocks:
             block.compile(dynamic=False)
         run.model.loss = torch.compile(run.model.loss, dynamic=False)
@@ -741,6 +880,12 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
     if ranks()[1] > 1:
         run.ddp = nn.parallel.DistributedDataParallel(run.model, gradient_as_bucket_view=True)
     return run
+
+def attention_kernel(run) -> str:
+    if run.model.varlen:
+        return "torch varlen (FlashAttention)"
+    plain = run.device.type == "cpu" and run.config.dtype == "bfloat16"
+    return "plain products" if plain else "torch SDPA"
 
 def log_header(run) -> None:
     c, file = run.config, Path(__file__).resolve()
@@ -754,15 +899,18 @@ data sha256: train {run.sha256["train"]}, val {run.sha256["val"]}
 source: sha256 {hashlib.sha256(source.encode()).hexdigest()}, git {git}
 versions: python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}
 hardware: {describe_hardware(run.device)}
-kernels: attention {run.attention}; {c.dtype}; torch.compile {run.compiled}
+kernels: attention {attention_kernel(run)}; {c.dtype}; torch.compile {run.compiled}
 data: {run.starts[1]} rows a step, {run.micro_batch} at once; {epochs:.2f} epochs{run.table}""")
     log(run, f"config: {json.dumps(vars(c))}", console=False)
 
 def prime(run, start: dict) -> None:
-    # Compiles, and warms up on random tokens, before the clock starts. Leaves no trace.
-    c, clock, rows = run.config, time.perf_counter(), 2 * run.micro_batch
-    for _ in range(c.prime_steps):
-        train_step(run, torch.randint(c.vocab_size, (rows, c.seq_len + 1)).to(run.device))
+    # Compiles, and warms up at each stage, before the clock starts. Leaves no trace.
+    c, clock = run.config, time.perf_counter()
+    tokens = run.train_rows.read([0] * 2 * run.micro_batch).to(run.device, torch.int64)
+    first_steps = {stage(c, step): step for step in reversed(range(c.num_steps))}
+    for step in [*first_steps.values()] * c.prime_steps:
+        run.state.step = step
+        train_step(run, tokens)
         evaluate(run, run.val_rows, range(run.val_rows.count)[:run.micro_batch * ranks()[1]])
     run.unread.clear()
     run.state.load_state_dict(start)
@@ -770,7 +918,7 @@ def prime(run, start: dict) -> None:
     run.prime_seconds = time.perf_counter() - clock
     log(run, f"priming: {run.prime_seconds:.1f} s")
 
-def accumulate_gradients(model: nn.Module, tokens, micro_batch: int) -> torch.Tensor:
+def accumulate_gradients(model: nn.Module, tokens, micro_batch: int, *others) -> torch.Tensor:
     parts, total = tokens.split(micro_batch), 0.0
     # DDP's gradients are views of its buckets: new ones would have to be copied there.
     model.zero_grad(set_to_none=not hasattr(model, "no_sync"))
@@ -778,14 +926,16 @@ def accumulate_gradients(model: nn.Module, tokens, micro_batch: int) -> torch.Te
         # DDP averages over the ranks after the last part alone.
         wait = part is not parts[-1] and hasattr(model, "no_sync")
         with model.no_sync() if wait else contextlib.nullcontext():
-            loss = model(part[:, :-1], part[:, 1:]) * (len(part) / len(tokens))
+            loss = model(part[:, :-1], part[:, 1:], *others) * (len(part) / len(tokens))
             loss.backward()
         total += loss.detach()
     return total
 
 def train_step(run, tokens: torch.Tensor) -> None:
-    loss = accumulate_gradients(run.ddp, tokens, run.micro_batch)
-    set_schedules(run.optimizers, run.config, run.state.step)
+    c, step = run.config, run.state.step
+    ahead = torch.tensor(ahead_weights(c, step)).to(run.device, non_blocking=True)
+    loss = accumulate_gradients(run.ddp, tokens, run.micro_batch, stage(c, step)[1], ahead)
+    set_schedules(run.optimizers, c, step)
     for optimizer in run.optimizers.values():
         optimizer.step()
     # What is logged of the step, each as its mean over the ranks.
@@ -832,7 +982,7 @@ def summarize(run, val_loss: float) -> None:
     there = [c.train_sha256, c.val_sha256, Config(**TRACKS[c.track]).val_tokens]
     comparable = [*run.sha256.values(), c.val_tokens] == there if all(there) else None
     sizes = {name: p.numel() for name, p in run.model.named_parameters()}
-    looked_up = sum(sizes[name] for name in sizes if name.endswith(("embed.weight", "table")))
+    looked_up = sum(sizes[name] for name in sizes if "embed" in name or "table" in name)
     second = run.second and evaluate(run, run.second, range(run.second.count)[:2048])
     late = sum(gather(torch._dynamo.utils.counters["stats"]["unique_graphs"]))
     if late:

@@ -18,6 +18,10 @@ ROOT = Path(__file__).parent.parent
 SMALL = ["--num_layers", "2", "--num_heads", "2", "--head_dim", "16", "--seq_len", "32", "--batch_tokens", "512",
          "--val_tokens", "2048", "--num_steps", "20", "--cooldown_steps", "10", "--momentum_warmup_steps", "5",
          "--dtype", "float32", "--ngram_rows", "512", "--second_files", ""]
+# Every part of the recipe that `tiny` leaves out, in three stages.
+STAGED = ["--stages", "1:8 2:16 3:0", "--val_window", "24", "--windows", "SL", "--document_tokens", "24",
+          "--mixing", "on", "--gates", "on", "--value_tables", "1", "--ngram_max", "3", "--ngram_dim", "8",
+          "--tokens_ahead", "3", "--matrix_weight_decay", "5", "--cautious", "on"]
 # For these sizes one thread is fastest, and pytest runs two processes (test.sh).
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -48,8 +52,10 @@ def text(tmp_path_factory) -> list[str]:
     words = [bytes(random.integers(97, 123, size=random.integers(2, 7), dtype=np.uint8)) for _ in range(40)]
     for name, size in (("train_000000", 3000), ("train_000001", 1001), ("val_000000", 1500)):
         data = b" ".join(words[i] for i in random.integers(0, len(words), size=size))
+        tokens = np.concatenate([[256], np.frombuffer(data, dtype=np.uint8)]).astype("<u2")
+        tokens[random.integers(0, len(tokens), size=size // 10)] = 256     # documents of very different lengths
         with ShardWriter(folder / f"{name}.bin", 257) as shard:
-            shard.write(np.concatenate([[256], np.frombuffer(data, dtype=np.uint8)]).astype("<u2"))
+            shard.write(tokens)
     return ["--train_files", f"{folder}/train_*.bin", "--val_files", f"{folder}/val_*.bin"]
 
 

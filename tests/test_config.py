@@ -51,6 +51,12 @@ def test_help_lists_every_field_and_the_tracks():
     ("tiny", "micro_batch", "-1", ["--micro_batch -1", "0"]),
     ("tiny", "head_dim", "7", ["--head_dim 7", "multiple of 2"]),
     ("tiny", "batch_tokens", "1000", ["--batch_tokens 1000", "multiple of 32"]),
+    ("tiny", "stages", "1:8 2", ["--stages 1:8 2", "1:384"]),
+    ("tiny", "stages", "0:8", ["--stages 0:8", "1:384"]),
+    ("tiny", "windows", "SX", ["--windows SX", "SSSL"]),
+    ("tiny", "value_tables", "3", ["--value_tables 3", "at most 2"]),
+    ("tiny", "document_tokens", "33", ["--document_tokens 33", "at most 32"]),
+    ("tiny", "tokens_ahead", "0", ["--tokens_ahead 0", "at least 1"]),
     ("tiny", "run_id", "a/b", ["--run_id a/b"]),
     ("tiny", "run_id", "..", ["--run_id .."]),
     ("tiny", "momentum", "1.5", ["momentum 1.5", "0.95"]),     # which Muon refuses
@@ -69,13 +75,28 @@ def test_schedules():
     """End points and monotony; a run that is shorter than the cool-down cools down over all of it."""
     c = train_gpt.make_config(dict(track="tiny", num_steps=100, cooldown_steps=40, warmup_steps=10,
                                    momentum_start=0.8, momentum=0.9, momentum_warmup_steps=50))
-    lr = [train_gpt.lr_multiplier(c, step) for step in range(101)]
-    assert lr[0] == 0.1 and lr[9] == lr[10] == lr[60] == 1.0 and lr[80] == pytest.approx(0.5) and lr[100] == 0
+    lr = [train_gpt.lr_multiplier(c, step) for step in range(100)]
+    assert lr[0] == 0.1 and lr[9] == lr[10] == lr[60] == 1.0 and lr[80] == pytest.approx(0.5)
+    assert lr[99] == pytest.approx(1 / 40)
     assert all(a > b for a, b in zip(lr[60:], lr[61:], strict=False))
     momentum = [train_gpt.muon_momentum(c, step) for step in range(100)]
     assert momentum[0] == 0.8 and momentum[25] == pytest.approx(0.85) and set(momentum[50:]) == {0.9}
     c = train_gpt.make_config(dict(track="tiny", num_steps=10, cooldown_steps=150))
     assert [train_gpt.lr_multiplier(c, step) for step in (0, 5, 9)] == pytest.approx([1.0, 0.5, 0.1])
+
+
+def test_stages():
+    """Equal shares of the steps, each with its batch, window and the root of the batch in the rate; the weights of the
+    tokens ahead fall to 0 one after the other."""
+    c = train_gpt.make_config(dict(track="tiny", num_steps=9, cooldown_steps=0, batch_tokens=256, tokens_ahead=3,
+                                   stages="1:32 2:64 4:0"))
+    assert [train_gpt.stage(c, step) for step in range(9)] == 3 * [(1, 32)] + 3 * [(2, 64)] + 3 * [(4, 0)]
+    assert [train_gpt.batch_rows(c, step) for step in range(0, 9, 3)] == [2, 4, 8]
+    assert [train_gpt.lr_multiplier(c, step) for step in range(0, 8, 3)] == pytest.approx([1, 2**0.5, 2])
+    weights = [train_gpt.ahead_weights(c, step) for step in range(9)]
+    for found, expected in zip(zip(*weights, strict=True), (
+            [1] * 9, [0.5] * 4 + [1 / 3, 1 / 6] + [0] * 3, [0.25, 1 / 6, 1 / 12] + [0] * 6), strict=True):
+        assert found == pytest.approx(expected)
 
 
 def test_every_group_of_every_optimizer_follows_the_schedules():

@@ -21,7 +21,7 @@ def make_rows(folder, lengths, seq_len=8, max_rows=10**9) -> train_gpt.Rows:
     for i, length in enumerate(lengths):
         (folder / f"s_{i:03d}.bin").write_bytes(raw_shard(range(start, start + length), 65535))
         start += length
-    c = SimpleNamespace(vocab_size=65535, seq_len=seq_len, prepare="data/local_text.py")
+    c = SimpleNamespace(vocab_size=65535, seq_len=seq_len, document_tokens=0, prepare="data/local_text.py")
     return train_gpt.Rows("train_files", f"{folder}/s_*.bin", c, max_rows)
 
 
@@ -79,6 +79,31 @@ def test_rows_are_the_windows_of_each_shard(tmp_path):
     assert rows.read(np.arange(rows.count)).tolist() == expected
     picked = [21, 0, 3, 3, 20, 1]
     assert rows.read(np.array(picked)).tolist() == [expected[i] for i in picked]
+
+
+@pytest.mark.parametrize("cut", [0, 5, 8])
+def test_rows_of_documents(tmp_path, cut):
+    """A training row begins with the document that holds its first token of the kept text, each document cut to `cut`;
+    without it a row is a window of the text. No row has more documents than the count says, and one has as many."""
+    generator, end, expected, most = np.random.default_rng(cut), 256, [], 1
+    for i, length in enumerate((0, 3, 40, 203, 77)):
+        tokens = generator.integers(0, 256, length)
+        tokens[generator.random(length) < 0.2] = end
+        (tmp_path / f"s_{i}.bin").write_bytes(raw_shard(tokens))
+        documents = [[]]
+        for token in tokens.tolist():
+            documents += [[]] * (token == end)
+            documents[-1] = [*documents[-1], token]
+        kept = [(j, token) for j, document in enumerate(documents) for token in document[:cut or None]]
+        for place in range(0, len(kept) - 8, 8):
+            while cut and place and kept[place - 1][0] == kept[place][0]:
+                place -= 1
+            expected.append([token for _, token in kept[place:place + 9]])
+            most = max(most, len({j for j, _ in kept[place:place + 8]}))
+    c = SimpleNamespace(vocab_size=257, seq_len=8, document_tokens=8, prepare="data/local_text.py")
+    rows = train_gpt.Rows("train_files", f"{tmp_path}/s_*.bin", c, 10**9, cut)
+    assert rows.count == len(expected) and rows.read(range(rows.count)).tolist() == expected
+    assert most <= rows.documents <= 9
 
 
 def test_a_run_reads_only_the_shards_that_its_budget_needs(tmp_path):

@@ -30,7 +30,21 @@ def reference_ids(tokens: list[int], t: int, c: train_gpt.Config) -> list[int]:
     return ids
 
 
-def reference_logits(model: train_gpt.GPT, tokens: list[int]) -> torch.Tensor:
+STAGED = dict(windows="SL", document_tokens=32, mixing="on", gates="on", value_tables=1, ngram_max=3, ngram_dim=8,
+              tokens_ahead=3)
+
+
+def reference_mask(tokens: list[int], window: int, c: train_gpt.Config) -> torch.Tensor:
+    """(T, T): whether the token of a row sees that of a column, by its definition."""
+    mask = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
+    for t in range(len(tokens)):
+        for s in range(t + 1):
+            between = tokens[s + 1:t + 1] if c.document_tokens else []
+            mask[t, s] = (t - s <= window or not window) and c.vocab_size - 1 not in between
+    return mask
+
+
+def reference_logits(model: train_gpt.GPT, tokens: list[int], window: int = 0) -> torch.Tensor:
     """The same function in float64, one row, with loops: (T, V)."""
     c, w = model.config, {name: p.double() for name, p in model.named_parameters()}
 
@@ -50,17 +64,29 @@ def reference_logits(model: train_gpt.GPT, tokens: list[int]) -> torch.Tensor:
 
     x = w["embed.weight"][tokens]
     if c.ngram_rows:
-        x = x + torch.stack([w["ngrams.table"][reference_ids(tokens, t, c)].sum(0) for t in range(len(tokens))])
-    x = norm(x)
+        sums = torch.stack([w["ngrams.table"][reference_ids(tokens, t, c)].sum(0) for t in range(len(tokens))])
+        x[:, :sums.size(1)] += sums
+    x = x0 = norm(x)
     for layer in range(c.num_layers):
         name = f"blocks.{layer}."
+        if c.mixing == "on":
+            a, b = w[name + "mix"]
+            x = (1 + a) * x + b * x0
+        gates = torch.ones(len(tokens), 2 * c.num_heads, dtype=torch.float64)
+        if c.gates == "on":
+            gates = 2 / (1 + (-norm(x)[:, :12] @ w[name + "attention.gates.weight"].T).exp())
+        table = min(layer, layer - c.num_layers + c.value_tables, key=lambda i: not 0 <= i < c.value_tables)
         q, k, v = (norm(x) @ w[name + "attention.qkv.weight"].T).chunk(3, dim=-1)
         heads = []
         for h in range(c.num_heads):
             part = slice(h * c.head_dim, (h + 1) * c.head_dim)
+            values = v[:, part]
+            if 0 <= table < c.value_tables:
+                added = w[f"value_embeds.{table}.weight"][tokens][:, part]
+                values = values + gates[:, c.num_heads + h, None] * added
             scores = rotate(norm(q[:, part])) @ rotate(norm(k[:, part])).T * c.attention_scale
-            mask = torch.ones_like(scores, dtype=torch.bool).tril()
-            heads.append(scores.masked_fill(~mask, -math.inf).softmax(-1) @ v[:, part])
+            mask = reference_mask(tokens, window // 2 if c.windows[layer % len(c.windows)] == "S" else window, c)
+            heads.append(gates[:, h, None] * (scores.masked_fill(~mask, -math.inf).softmax(-1) @ values))
         x = x + torch.cat(heads, -1) @ w[name + "attention.proj.weight"].T
         x = x + F.relu(norm(x) @ w[name + "mlp.up.weight"].T) ** 2 @ w[name + "mlp.proj.weight"].T
     logits = norm(x) @ w["lm_head.weight"].T
@@ -68,15 +94,54 @@ def reference_logits(model: train_gpt.GPT, tokens: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.upstream
-def test_forward_against_float64():
-    model = small_model()
-    tokens = torch.randint(257, (1, 12), generator=torch.Generator().manual_seed(2))
+@pytest.mark.parametrize("fields, window", [({}, 0), (STAGED | dict(num_layers=3), 0), (STAGED, 6), (STAGED, 50)])
+def test_forward_against_float64(fields, window):
+    """As tiny is, and with every other part, by windows of the whole row, of less and of more than it has."""
+    model = small_model(**fields)
+    tokens = torch.randint(257, (1, 21), generator=torch.Generator().manual_seed(2))
+    tokens[0, [4, 5, 12]] = 256
+    ahead = torch.tensor([1.0, 0.5, 0.2])
     with torch.no_grad():
-        expected = reference_logits(model, tokens[0].tolist())
-        logits = model.logits(model.hidden(tokens))[0]
+        expected = reference_logits(model, tokens[0].tolist(), window)
+        logits = model.logits(model.hidden(tokens, window))[0]
         torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-5)
-        loss = model(tokens[:, :-1], tokens[:, 1:])
-    assert loss.item() == pytest.approx(F.cross_entropy(expected[:-1], tokens[0, 1:]).item(), rel=1e-5)
+        loss = model(tokens[:, :-1], tokens[:, 1:], window, ahead)
+    expected = sum(weight * F.cross_entropy(expected[:20 - k], tokens[0, 1 + k:])
+                   for k, weight in enumerate(ahead[:model.config.tokens_ahead]))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("window", [0, 3, 8, 40])
+def test_documents_do_not_see_each_other_and_windows_are_exact(window):
+    """One layer: the loss at token t moves with token s exactly where t sees s. Documents of 1 to 12 tokens."""
+    model = small_model(num_layers=1, windows="L", document_tokens=32, ngram_rows=0, mixing="off")
+    for seed in range(5):
+        tokens = torch.randint(256, (24,), generator=torch.Generator().manual_seed(seed))
+        tokens[torch.randint(24, (5,), generator=torch.Generator().manual_seed(seed))] = 256
+        mask = reference_mask(tokens.tolist(), window, model.config)
+        embedded = model.embed(tokens[None]).detach().requires_grad_()
+        hook = model.embed.register_forward_hook(lambda *given, embedded=embedded: embedded)
+        x_TD = model.hidden(tokens[None], window)[0]
+        hook.remove()
+        for t in range(24):
+            gradient, = torch.autograd.grad(x_TD[t].sum(), embedded, retain_graph=True)
+            assert (gradient[0].abs().sum(1) > 0).tolist() == mask[t].tolist()
+
+
+def test_the_bounds_of_documents_say_what_the_mask_says():
+    """For FlashAttention, which a CPU has not: bounds of as many documents as there may be, the rest empty."""
+    generator = torch.Generator().manual_seed(0)
+    for most in (None, 40):
+        first = torch.rand(3, 16, generator=generator) < 0.3
+        first[:, 0] = True
+        bounds = train_gpt.make_bounds(first, most).tolist()
+        assert len(bounds) == (most or 48) + 1 and bounds == sorted(bounds) and bounds[-1] == 48
+        assert sorted(set(bounds[:-1]) - {48}) == first.flatten().nonzero().flatten().tolist()
+        mask = train_gpt.make_mask(first, 0, torch.float32, documents=True)
+        for t in range(48):
+            start = max(bound for bound in bounds if bound <= t)
+            assert (mask[t // 16, 0, t % 16] == 0).nonzero().flatten().tolist() == [
+                s - t // 16 * 16 for s in range(start, t + 1)]
 
 
 @pytest.mark.parametrize("length", [1, 100, 128, 300])
@@ -87,7 +152,8 @@ def test_attention_of_a_cpu_against_float64(length):
     results = []
     for dtype in (torch.float64, torch.bfloat16):
         inputs = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
-        y = train_gpt.attend(*inputs, 0.24)
+        mask = train_gpt.make_mask(torch.zeros(2, length), 0, dtype, documents=False)
+        y = train_gpt.attend(*(x.transpose(1, 2) for x in inputs), 0.24, train_gpt.Seen(mask)).transpose(1, 2)
         y.backward(dy.to(dtype))
         results.append([y.detach(), *(x.grad for x in inputs)])
     scores = (q @ k.mT * 0.24).masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -math.inf)
@@ -136,11 +202,11 @@ def test_a_parameter_without_a_rule_is_named():
 @pytest.mark.upstream
 def test_small_has_124m_parameters_and_tiny_starts_from_a_uniform_guess():
     c = train_gpt.make_config(dict(track="small"))
-    assert (c.target, c.val_tokens, c.seq_len, c.padded_vocab_size) == (3.28, 10_485_760, 1024, 50304)
+    assert (c.target, c.val_tokens, c.padded_vocab_size) == (3.28, 10_485_760, 50304)
     with torch.device("meta"):
         small = train_gpt.GPT(c)
-    assert sum(p.numel() for p in small.blocks.parameters()) == 12 * 12 * 768**2
-    assert sum(p.numel() for p in small.parameters()) - small.lm_head.weight.numel() == 123_568_128
+    matrices = [p for name, p in small.blocks.named_parameters() if "gates" not in name and p.ndim == 2]
+    assert sum(p.numel() for p in [*matrices, small.lm_head.weight]) == 123_568_128
     tiny = train_gpt.GPT(train_gpt.make_config(dict(track="tiny", dtype="float32"))).initialize()
     tokens = torch.randint(257, (2, 65))
     assert tiny(tokens[:, :-1], tokens[:, 1:]).item() == pytest.approx(math.log(320), abs=1e-5)

@@ -14,14 +14,14 @@ import pytest
 import runs
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SMALL, command, environment, losses, run, train, unchanged, wait_for
+from conftest import ROOT, SMALL, STAGED, command, environment, losses, run, train, unchanged, wait_for
 from test_model import small_model
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves
 
 import train_gpt
 
-RUN = [*SMALL, "--val_every", "1", "--save_every", "12", "--micro_batch", "2", "--run_id", "r"]
+RUN = [*SMALL, *STAGED, "--val_every", "1", "--save_every", "12", "--micro_batch", "2", "--run_id", "r"]
 
 
 def checkpoint(folder: Path) -> dict:
@@ -88,6 +88,24 @@ def test_a_run_whose_folder_has_moved_goes_on_bit_equal(one, whole, tmp_path):
     for key in a.keys() - {"seconds", "config"}:
         assert same(a[key], b[key]), key
     assert not same(a["model"], checkpoint(one)["model"])
+
+
+@pytest.mark.parametrize("step", [3, 6, 7, 17])
+def test_a_run_that_stops_in_any_stage_goes_on_bit_equal(step, text, whole, tmp_path, monkeypatch):
+    """Inside the first, at its last step, in the second and in the third."""
+    train_step = train_gpt.train_step
+
+    def stopped(run, tokens):
+        train_step(run, tokens)
+        if run.state.step == step:
+            run.signals.append(signal.SIGTERM)
+
+    monkeypatch.setattr(train_gpt, "train_step", stopped)
+    options = ["--save_every", 0, "--prime_steps", 0, "--log_dir", tmp_path]
+    assert train("tiny", *RUN, *text, *options) == 128 + signal.SIGTERM
+    monkeypatch.setattr(train_gpt, "train_step", train_step)
+    assert train("--resume", tmp_path / "r") == 0
+    assert losses(tmp_path / "r") == losses(whole)
 
 
 def test_two_processes_resume_bit_equal_and_one_goes_on_with_their_checkpoint(two, tmp_path):
@@ -159,7 +177,7 @@ def test_log_and_summary(one):
         assert word in rest
     summary = dict(re.findall(r"^(\w+): (.*)$", rest[rest.rindex("\nrun_id: "):], re.M))
     assert float(summary["val_loss"]) == float(losses(one)["val", 20])
-    assert float(summary["tokens_per_second"]) == pytest.approx(20 * 512 / float(summary["train_seconds"]), rel=0.01)
+    assert float(summary["tokens_per_second"]) == pytest.approx(40 * 512 / float(summary["train_seconds"]), rel=0.01)
     assert summary["target_reached"] == "false" and summary["data_comparable"] == "false"
     config = json.loads(re.search(r"^config: (.*)$", rest, re.M)[1])
     sizes = {name: p.numel() for name, p in train_gpt.GPT(train_gpt.Config(**config)).named_parameters()}
@@ -231,7 +249,8 @@ def test_validation_is_a_plain_cross_entropy_whatever_is_trained_on(text, tmp_pa
             logits = run.model.logits(hidden(tokens[:, :-1]))[0].double()
             total += F.cross_entropy(logits, tokens[0, 1:], reduction="sum").item()
         monkeypatch.setattr(run.model, "loss", lambda x, targets: x.sum())
-        monkeypatch.setattr(run.model, "hidden", lambda tokens: F.dropout(hidden(tokens), 0.5, run.model.training))
+        monkeypatch.setattr(run.model, "hidden",
+                            lambda *given: F.dropout(hidden(*given), 0.5, run.model.training))
         assert not torch.equal(run.model.hidden(tokens), hidden(tokens))
         run.micro_batch, plain = 7, run.validation_loss
         run.validation_loss = lambda model, x, targets: sizes.append(len(x)) or plain(model, x, targets)
