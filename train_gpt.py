@@ -366,7 +366,7 @@ def has_varlen(c: Config, device: torch.device) -> bool:
     if device.type == "cuda":
         x = torch.ones(64, c.num_heads, c.head_dim, device=device, dtype=getattr(torch, c.dtype))
         x.requires_grad_()
-        bounds = torch.tensor([0, 32, 64], dtype=torch.int32, device=device)
+        bounds = torch.arange(0, 65, 32, dtype=torch.int32, device=device)
         with contextlib.suppress(RuntimeError):
             varlen_attn(x, x, x, bounds, bounds, 32, 32, window_size=(16, 0)).sum().backward()
             works = True
@@ -519,17 +519,22 @@ class GPT(nn.Module):
     def logits(self, x_BTD):
         cap = self.config.logit_softcap
         return cap * torch.tanh(self.lm_head(norm(x_BTD)).float() / cap)
-    def loss(self, x_BTD, targets_BT, ahead=None):
-        # Cross-entropy. ahead: the weights of the next token, which is 1, and of those after it
+    def losses(self, x_BTD, targets_BT, ahead=None):
+        # Cross-entropy of each token. ahead: the weights of the next token, and of those after it
         # (multi-token prediction, Gloeckle et al. 2024, arXiv:2404.19737, with one lm_head).
-        log_p = self.logits(x_BTD).flatten(0, 1).log_softmax(-1)
-        loss = F.nll_loss(log_p, targets_BT.flatten())
-        for k in range(1, self.config.tokens_ahead):
-            later_BT = F.pad(targets_BT[:, k:], (0, k), value=-100)  # -100: is ignored
-            loss = loss + ahead[k] * F.nll_loss(log_p, later_BT.flatten())
-        return loss
+        logits_NV = self.logits(x_BTD).flatten(0, 1)
+        if self.config.tokens_ahead == 1:
+            return F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="none")
+
+        # As compiled, this keeps no float32 tensor of the size of the logits.
+        losses_N, sums_N = 0.0, logits_NV.logsumexp(1)
+        for k in range(self.config.tokens_ahead):
+            later_N = F.pad(targets_BT[:, k:], (0, k), value=-100).flatten()  # -100: none
+            picked_N = F.nll_loss(logits_NV, later_N, reduction="none")
+            losses_N = losses_N + ahead[k] * (sums_N * (later_N >= 0) + picked_N)
+        return losses_N
     def forward(self, tokens_BT, targets_BT, window: int = 0, ahead=None):
-        return self.loss(self.hidden(tokens_BT, window), targets_BT, ahead)
+        return self.losses(self.hidden(tokens_BT, window), targets_BT, ahead).mean()
 
 # ==== 5. Optimizers and the parameter table =======================================
 # The scale of an orthogonal m x n update, and the ratio of its learning rate to AdamW's.
@@ -874,7 +879,7 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
         torch._dynamo.config.recompile_limit = 64  # a window is a graph
         for block in run.model.blocks:
             block.compile(dynamic=False)
-        run.model.loss = torch.compile(run.model.loss, dynamic=False)
+        run.model.losses = torch.compile(run.model.losses, dynamic=False)
         run.validation_loss = torch.compile(validation_loss, dynamic=False)
         Muon.orthogonalize = staticmethod(torch.compile(orthogonalize, dynamic=False))
     if ranks()[1] > 1:

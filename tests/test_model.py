@@ -106,7 +106,7 @@ def test_forward_against_float64(fields, window):
         logits = model.logits(model.hidden(tokens, window))[0]
         torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-5)
         loss = model(tokens[:, :-1], tokens[:, 1:], window, ahead)
-    expected = sum(weight * F.cross_entropy(expected[:20 - k], tokens[0, 1 + k:])
+    expected = sum(weight * F.cross_entropy(expected[:20 - k], tokens[0, 1 + k:], reduction="sum") / 20
                    for k, weight in enumerate(ahead[:model.config.tokens_ahead]))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 

@@ -20,6 +20,7 @@ from torchgen.model import DispatchKey
 # What a tensor says that nobody computed: a loss that is finite, a flag that is set.
 NUMBERS = {torch.bool: True, torch.float32: 0.5, torch.float64: 0.5, torch.bfloat16: 0.5}
 FREE = ("prim.", "profiler.", "aten.empty", "aten.new_empty", "aten._unsafe_view", "aten.detach", "aten._reshape_alias")
+ROWS = {torch.ops.aten.embedding, torch.ops.aten.index_select, torch.ops.aten.index_copy_}     # a few of a table's
 COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
 
 
@@ -39,6 +40,8 @@ def has_cuda_kernel(function) -> bool:
     name = function.name()
     if name.startswith("aten::"):
         return name in cuda_operations()
+    if name.startswith("torch_attn::"):     # torch's own wrapper of it
+        return "aten::_flash_attention_forward" in cuda_operations()
     if name.startswith(("c10d::", "prim::", "prims::", "profiler::")):
         return True
     return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
@@ -108,6 +111,8 @@ class Recorder(FakeTensorMode):
         if function in COPIES and moved and not (kwargs or {}).get("non_blocking"):
             self.synchronized("copy")
         read = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]     # not kwargs' `out`
+        if function.overloadpacket in ROWS:
+            read = results = read[1:] + (results if function.overloadpacket != torch.ops.aten.index_copy_ else [])
         size = sum(x.numel() * x.itemsize for x in read + results)
         if function.namespace == "c10d":
             calls = self.collectives[f"{function.name()} {str(on_gpu[0].dtype)[6:]}"]
