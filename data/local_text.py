@@ -55,6 +55,7 @@ SHARD_TOKENS = 100_000_000
 BATCH_DOCUMENTS = 32    # for a thread at once
 RANKS = "bpe.tiktoken"  # beside the shards, of --train_bpe
 BPE_TRAINING_BYTES = 100_000_000
+BPE_WORD_BYTES = 1000   # longer words are cut for training, whose time is quadratic in them
 TINY_MAX_BYTES = 65536  # of each document
 # Folders of the torch package that hold what its build made, and its version: they differ from build to build.
 TINY_SKIPS = ("version.py", "bin/", "include/", "lib/", "share/", "test/")
@@ -147,12 +148,13 @@ def train_bpe(texts: Iterator[str], num_tokens: int) -> list[bytes]:
     """Returns the tokens of a BPE in the order of their ranks: the single bytes, and then the merges as they were
     learned. The end-of-text token, one of the `num_tokens`, is not among them."""
     import tokenizers
-    split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)     # GPT-2's, as in load_bpe
-    alphabet = sorted(split.alphabet())
+    from tokenizers.pre_tokenizers import ByteLevel, FixedLength, Sequence
+    alphabet = sorted(ByteLevel.alphabet())
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=num_tokens - 1, initial_alphabet=alphabet, min_frequency=1, show_progress=False)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = split
+    gpt2_split = ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = Sequence([gpt2_split, FixedLength(BPE_WORD_BYTES)])
     tokenizer.train_from_iterator(texts, trainer)
     ids = tokenizer.get_vocab()
     if len(ids) < num_tokens - 1:

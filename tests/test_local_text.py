@@ -4,6 +4,7 @@ import base64
 import collections
 import gzip
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -13,7 +14,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import local_text
 import pyarrow
@@ -141,9 +144,9 @@ def words(text: bytes) -> list[bytes]:
     return [word.encode() for word in regex.findall(SPLIT, text.decode("utf-8", "replace"))]
 
 
-@pytest.fixture(params=[10**8, 3000])
+@pytest.fixture(params=[(10**8, 1000), (3000, 7)])
 def prose(request, tmp_path, monkeypatch) -> tuple[dict[str, list[bytes]], list[bytes]]:
-    """(documents of each split, what a BPE is trained on: those for training, or their start); zq is validation's."""
+    """(documents of each split, words that a BPE is trained on: all for training, or less); zq is validation's."""
     rng, documents = random.Random(1), {"train": [], "val": []}
     vocabulary = ["".join(rng.choices("aeinorstäß🙂", k=rng.randrange(1, 9))) for _ in range(200)]
     (tmp_path / "text").mkdir()
@@ -152,11 +155,14 @@ def prose(request, tmp_path, monkeypatch) -> tuple[dict[str, list[bytes]], list[
         text = b"".join((rng.choice([" ", "\n", "  ", ", "]) + rng.choice(vocabulary)).encode() for _ in range(30))
         documents[split].append(text + b"\xff <|endoftext|>" + b" zq" * 40 * (split == "val"))
         (tmp_path / "text" / name).write_bytes(documents[split][-1])
-    monkeypatch.setattr(local_text, "BPE_TRAINING_BYTES", request.param)
-    seen, left = [], request.param
+    left, length = request.param
+    monkeypatch.setattr(local_text, "BPE_TRAINING_BYTES", left)
+    monkeypatch.setattr(local_text, "BPE_WORD_BYTES", length)
+    seen = []
     for document in documents["train"]:
-        seen.append(document[:left])
-        left -= len(seen[-1])
+        for word in words(document[:left]):
+            seen += [word[i:i + length] for i in range(0, len(word), length)]
+        left -= len(document[:left])
     return documents, seen
 
 
@@ -172,7 +178,7 @@ def test_a_trained_bpe_joins_the_commonest_pair_each_time_and_encodes_with_it(tm
     assert [int(line.split()[1]) for line in lines] == list(range(size - 1))
     assert tokens[:256] == [bytes([byte]) for byte in range(256)] and not any(b"zq" in token for token in tokens)
 
-    counts = collections.Counter(word for document in seen for word in words(document))
+    counts = collections.Counter(seen)
     for rank in range(256, size - 1):
         ranks, pairs = {token: i for i, token in enumerate(tokens[:rank])}, collections.Counter()
         for word, count in counts.items():
@@ -210,9 +216,30 @@ def test_a_set_of_a_trained_bpe_is_kept_and_written_again_without_its_bpe(tmp_pa
     assert files(tmp_path / "same").items() < files(tmp_path / "bytes").items()
 
 
+def test_the_second_text_of_lab_is_in_the_bpe_of_the_first(tmp_path, folder, monkeypatch):
+    for name in ("torch", "python"):
+        (tmp_path / name).mkdir()
+        for path in folder.iterdir():       # 7.py is not for validation, 28.py is
+            number = path.stem.replace("7", "28")
+            (tmp_path / name / f"{number}.py").write_text(path.read_text().replace("the", name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / name / "x")))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "python"))
+    make("--train_bpe", 265, "--out", tmp_path / "out")
+    make(tmp_path / "torch", "--train_bpe", 265, "--out", tmp_path / "first")
+    make(tmp_path / "python", "--encoding", tmp_path / "first/bpe.tiktoken", "--out", tmp_path / "second")
+    first, second = files(tmp_path / "first"), files(tmp_path / "second")
+    for _ in range(2):
+        made = tmp_path / "out"
+        assert files(made / "second") == second
+        assert {path.name: path.read_bytes() for path in made.glob("[!.]*.*")} == first
+        shutil.rmtree(made / "second")
+        make("--train_bpe", 265, "--out", made)
+
+
 @pytest.mark.parametrize("options, message", [
     (["256"], "--train_bpe 256: give 257 (the bytes and the end of text) to 65536 (what a shard can hold)"),
-    (["65537"], "--train_bpe 65537: give 257"), (["0"], "--train_bpe 0: give 257"), (["many"], "argument --train_bpe: invalid int value: 'many'"),
+    (["65537"], "--train_bpe 65537: give 257"), (["0"], "--train_bpe 0: give 257"),
+    (["many"], "argument --train_bpe: invalid int value: 'many'"),
     (["300", "--encoding", "gpt2"], "argument --encoding: not allowed with argument --train_bpe"),
     (["300"], "--train_bpe 300: the training documents hold pairs for 267 tokens; give at most so many, or more text")])
 def test_errors_of_a_size_of_a_bpe(tmp_path, folder, capsys, options, message):
@@ -272,13 +299,14 @@ def test_separators_equal_names_and_half_characters(tmp_path, folder):
     ("a.parquet", b"text", "a.parquet: ArrowInvalid"), ("a.gz", b"text", "a.gz: BadGzipFile"),
     ("a.txt.gz", gzip.compress(bytes(range(256)) * 9)[:-20], "a.txt.gz: EOFError"),
     ("a.txt", b"a" + b"\n" * 1_200_000 + b"b", "a.txt: tiktoken cannot split it")], ids=range(12))
-def test_errors_of_files(tmp_path, folder, name, data, message):
+@pytest.mark.parametrize("trained", [False, True], ids=["ranks", "trained"])
+def test_errors_of_files(tmp_path, folder, name, data, message, trained):
     if isinstance(data, dict):
         pyarrow.parquet.write_table(pyarrow.table(data), tmp_path / name)
     else:
         (tmp_path / name).write_bytes(data)
-    error = error_of(folder, tmp_path / name, "--out", tmp_path / "out", "--encoding",
-                     write_small_ranks(tmp_path / "ranks"))
+    options = ["--train_bpe", 258] if trained else ["--encoding", write_small_ranks(tmp_path / "ranks")]
+    error = error_of(folder, tmp_path / name, "--out", tmp_path / "out", *options)
     assert message in error and str(tmp_path / name) in error and os.listdir(tmp_path / "out") == [".local_text.lock"]
 
 
