@@ -6,6 +6,7 @@
     python data/local_text.py book.txt --separator '\\n\\n' --out data/book                      # several documents
     python data/local_text.py dump.jsonl.gz --text_field body --encoding gpt2 --out data/dump    # in GPT-2's BPE
     python data/local_text.py 'sample/10BT/*.parquet' --encoding gpt2 --out data/fineweb         # a document per row
+    python data/local_text.py --train_bpe 4096      # the lab track: tiny's text in a BPE of 4,096 tokens, trained on it
 
 An input is a folder, which is read with all folders in it, a file, or a pattern in quotes. Files that end in .gz are
 decompressed. .jsonl and .parquet hold a document per line or row, in the field --text_field. Any other file is one
@@ -16,9 +17,15 @@ where the sha1 of its name, modulo 20, is 0. The name is the file's path below t
 below its last folder without a wildcard), and in files of several documents :0, :1, and so on. Files are read in the
 order of the sha1 of their names. So the shards are the same on every machine and with any number of --workers, and no
 document moves to the other split when files are added.
+
+With --train_bpe N the N tokens are the 256 bytes, N - 257 merges with GPT-2's split into words, and last the
+end-of-text token. They are trained on the first BPE_TRAINING_BYTES of the training documents, in their order, and stand
+beside the shards in bpe.tiktoken, which --encoding takes for other text. A set for which that file is missing is
+written again.
 """
 
 import argparse
+import base64
 import collections
 import glob
 import gzip
@@ -38,7 +45,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 from filelock import FileLock, Timeout
-from shards import BYTES_VOCAB_SIZE, SeriesWriter, ShardError, load_bpe, read_shard
+from shards import BYTES_VOCAB_SIZE, MAX_VOCAB_SIZE, SeriesWriter, ShardError, load_bpe, read_shard
 from tqdm import tqdm
 
 SPLITS = ("train", "val")
@@ -46,6 +53,9 @@ VAL_ONE_IN = 20
 SUFFIXES = [".txt", ".md", ".py", ".jsonl", ".parquet"]
 SHARD_TOKENS = 100_000_000
 BATCH_DOCUMENTS = 32    # for a thread at once
+RANKS = "bpe.tiktoken"  # beside the shards, of --train_bpe
+BPE_TRAINING_BYTES = 100_000_000
+BPE_WORD_BYTES = 1000   # longer words are cut for training, whose time is quadratic in them
 TINY_MAX_BYTES = 65536  # of each document
 # Folders of the torch package that hold what its build made, and its version: they differ from build to build.
 TINY_SKIPS = ("version.py", "bin/", "include/", "lib/", "share/", "test/")
@@ -124,6 +134,39 @@ def read_documents(files: list[tuple[str, str]], args) -> Iterator[tuple[str, bo
             raise ShardError(f"{path}: {type(error).__name__}: {error}; repair the file, or leave it out") from error
 
 
+def bpe_training_texts(documents: Iterator[tuple[str, bool, bytes]]) -> Iterator[str]:
+    left = BPE_TRAINING_BYTES
+    for _, is_val, data in documents:
+        if not is_val:
+            yield data[:left].decode("utf-8", "replace")
+            left -= len(data[:left])
+        if not left:
+            return
+
+
+def train_bpe(texts: Iterator[str], num_tokens: int) -> list[bytes]:
+    """Returns the tokens of a BPE in the order of their ranks: the single bytes, and then the merges as they were
+    learned. The end-of-text token, one of the `num_tokens`, is not among them."""
+    import tokenizers
+    from tokenizers.pre_tokenizers import ByteLevel, FixedLength, Sequence
+    alphabet = sorted(ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=num_tokens - 1, initial_alphabet=alphabet, min_frequency=1, show_progress=False)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    gpt2_split = ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = Sequence([gpt2_split, FixedLength(BPE_WORD_BYTES)])
+    tokenizer.train_from_iterator(texts, trainer)
+    ids = tokenizer.get_vocab()
+    if len(ids) < num_tokens - 1:
+        raise ShardError(f"--train_bpe {num_tokens}: the training documents hold pairs for {len(ids) + 1} tokens; give "
+                         "at most so many, or more text")
+    # There a character stands for a byte: itself where it can be printed, otherwise the next one from chr(256) on.
+    byte_values = sorted(range(256), key=lambda byte: chr(byte) not in alphabet)
+    byte_of = dict(zip(alphabet, byte_values, strict=True))
+    merges = [bytes(map(byte_of.get, token)) for token in sorted(ids, key=ids.get) if len(token) > 1]
+    return [bytes([byte]) for byte in range(256)] + merges
+
+
 def encode(batch: list[tuple[str, bool, bytes]], bpe) -> list[tuple[bool, np.ndarray, int]]:
     """Returns (whether it is validation, its tokens, characters of it that were not UTF-8) of each document."""
     encoded = []
@@ -177,11 +220,16 @@ def publish(staging: Path, out: Path) -> None:
     last, so that a run that was killed here counts as none."""
     for path in shards_in(out, "val") + shards_in(out, "train"):
         path.unlink()
-    for path in shards_in(staging, "train") + shards_in(staging, "val")[::-1]:
+    for path in [*staging.glob(RANKS), *shards_in(staging, "train"), *shards_in(staging, "val")[::-1]]:
         os.replace(path, out / path.name)
 
 
 def write_shards(files: list[tuple[str, str]], args, staging: Path) -> None:
+    if args.train_bpe:
+        tokens = train_bpe(bpe_training_texts(read_documents(files, args)), args.train_bpe)
+        lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
+        args.encoding = str(staging / RANKS)
+        Path(args.encoding).write_text("".join(lines), newline="\n")
     bpe = None if args.encoding == "bytes" else load_bpe(args.encoding)
     vocab_size = bpe.n_vocab if bpe else BYTES_VOCAB_SIZE
     series = [SeriesWriter(staging, split, vocab_size, SHARD_TOKENS) for split in SPLITS]
@@ -204,11 +252,13 @@ def write_shards(files: list[tuple[str, str]], args, staging: Path) -> None:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", nargs="*", metavar="INPUT", help="folder, file or pattern (default: torch's sources)")
-    parser.add_argument("--out", type=Path, help="folder for the shards (with no INPUT: data/tiny)")
+    parser.add_argument("--out", type=Path, help="folder for the shards (with no INPUT: data/tiny, or data/lab)")
     parser.add_argument("--suffixes", nargs="+", default=SUFFIXES, help=f"in folders (default: {' '.join(SUFFIXES)})")
     parser.add_argument("--separator", default="", help="what stands between documents in a text file; \\n: a new line")
     parser.add_argument("--text_field", default="text", help="of JSON lines and parquet (default: text)")
-    parser.add_argument("--encoding", default="bytes", help="bytes, gpt2, or a file of BPE ranks (default: bytes)")
+    encoding = parser.add_mutually_exclusive_group()
+    encoding.add_argument("--encoding", default="bytes", help="bytes, gpt2, or a file of BPE ranks (default: bytes)")
+    encoding.add_argument("--train_bpe", type=int, metavar="N", help=f"train a BPE of N tokens; also writes {RANKS}")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads (default: the number of cores)")
     parser.add_argument("--force", action="store_true", help="write the shards even where good ones are there")
     args = parser.parse_intermixed_args(arguments)      # inputs before and after options
@@ -216,18 +266,22 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--out: name a folder for the shards of your text, such as --out data/mine")
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: give at least 1")
+    if args.train_bpe is not None and not BYTES_VOCAB_SIZE <= args.train_bpe <= MAX_VOCAB_SIZE:
+        parser.error(f"--train_bpe {args.train_bpe}: give {BYTES_VOCAB_SIZE} (the bytes and the end of text) to "
+                     f"{MAX_VOCAB_SIZE} (what a shard can hold)")
     args.separator = os.fsencode(args.separator.replace("\\n", "\n"))
     args.skips, args.max_bytes = (), None
     if not args.input:
         args.input, args.suffixes = [os.path.dirname(importlib.util.find_spec("torch").origin)], [".py"]
         args.skips, args.max_bytes = TINY_SKIPS, TINY_MAX_BYTES
-        args.out = args.out or Path(__file__).parent / "tiny"
+        args.out = args.out or Path(__file__).parent / ("lab" if args.train_bpe else "tiny")
     return args
 
 
 def make(args: argparse.Namespace) -> None:
     try:
-        there = [0 if args.force else good_tokens(args.out, split) for split in SPLITS]
+        incomplete = args.train_bpe and not (args.out / RANKS).exists()
+        there = [0 if args.force or incomplete else good_tokens(args.out, split) for split in SPLITS]
         if all(there):
             print(f"{args.out}: {there[0]:,} training and {there[1]:,} validation tokens are there (--force rewrites)")
             return
@@ -249,7 +303,9 @@ def make(args: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     make(args)
-    if args.skips:     # of tiny: and its second text, on which a trained model is tried, the modules of Python itself
+    if args.skips:     # of tiny and lab: and a second text, on which a trained model is tried, the modules of Python
+        if args.train_bpe:
+            args.train_bpe, args.encoding = None, str(args.out / RANKS)
         args.input, args.skips, args.out = [f"{sysconfig.get_path('stdlib')}/*.py"], (), args.out / "second"
         make(args)
 

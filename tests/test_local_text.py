@@ -1,9 +1,12 @@
 """data/local_text.py: what stands in the shards is the text, against the rules written down again here."""
 
 import base64
+import collections
 import gzip
 import hashlib
+import importlib.util
 import io
+import itertools
 import json
 import os
 import random
@@ -11,12 +14,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import local_text
 import pyarrow
 import pyarrow.parquet
 import pytest
+import regex
 import shards
 import torch
 from conftest import ROOT
@@ -125,6 +131,122 @@ def test_every_document_stands_in_the_shards_once_and_in_order(tmp_path, monkeyp
         assert [(piece.tolist(), stated_size) for piece, stated_size in found] == expected_shards
 
 
+def by_hand(word: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """Joins the neighbours that make the token of the lowest rank, the leftmost first, until none do."""
+    parts = [bytes([byte]) for byte in word]
+    while found := [(ranks[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ranks]:
+        i = min(found)[1]
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def words(text: bytes) -> list[bytes]:
+    return [word.encode() for word in regex.findall(SPLIT, text.decode("utf-8", "replace"))]
+
+
+@pytest.fixture(params=[(10**8, 1000), (3000, 7)])
+def prose(request, tmp_path, monkeypatch) -> tuple[dict[str, list[bytes]], list[bytes]]:
+    """(documents of each split, words that a BPE is trained on: all for training, or less); zq is validation's."""
+    rng, documents = random.Random(1), {"train": [], "val": []}
+    vocabulary = ["".join(rng.choices("aeinorstäß🙂", k=rng.randrange(1, 9))) for _ in range(200)]
+    (tmp_path / "text").mkdir()
+    for name in sorted([f"{i}.txt" for i in range(60)], key=digest):
+        split = "train" if digest(name) % 20 else "val"
+        text = b"".join((rng.choice([" ", "\n", "  ", ", "]) + rng.choice(vocabulary)).encode() for _ in range(30))
+        documents[split].append(text + b"\xff <|endoftext|>" + b" zq" * 40 * (split == "val"))
+        (tmp_path / "text" / name).write_bytes(documents[split][-1])
+    left, length = request.param
+    monkeypatch.setattr(local_text, "BPE_TRAINING_BYTES", left)
+    monkeypatch.setattr(local_text, "BPE_WORD_BYTES", length)
+    seen = []
+    for document in documents["train"]:
+        for word in words(document[:left]):
+            seen += [word[i:i + length] for i in range(0, len(word), length)]
+        left -= len(document[:left])
+    return documents, seen
+
+
+def test_a_trained_bpe_joins_the_commonest_pair_each_time_and_encodes_with_it(tmp_path, prose):
+    documents, seen = prose
+    size, results = 320, []
+    for workers in (1, 2):
+        make(tmp_path / "text", "--train_bpe", size, "--out", tmp_path / f"{workers}", "--workers", workers)
+        results.append(files(tmp_path / f"{workers}"))
+    assert results[0] == results[1] and len(results[0]) == 3
+    lines = results[0]["bpe.tiktoken"].decode().splitlines()
+    tokens = [base64.b64decode(line.split()[0]) for line in lines]
+    assert [int(line.split()[1]) for line in lines] == list(range(size - 1))
+    assert tokens[:256] == [bytes([byte]) for byte in range(256)] and not any(b"zq" in token for token in tokens)
+
+    counts = collections.Counter(seen)
+    for rank in range(256, size - 1):
+        ranks, pairs = {token: i for i, token in enumerate(tokens[:rank])}, collections.Counter()
+        for word, count in counts.items():
+            parts = by_hand(word, ranks)
+            for pair in itertools.pairwise(parts):
+                pairs[pair] += count
+        assert tokens[rank] in [a + b for (a, b), count in pairs.items() if count == max(pairs.values())], rank
+
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    for split in ("train", "val"):
+        found, stated_size = shards.read_shard(tmp_path / f"1/{split}_000000.bin")
+        expected, texts = [], []
+        for document in documents[split]:
+            expected += [size - 1, *(ranks[part] for word in words(document) for part in by_hand(word, ranks))]
+            texts.append(document.decode("utf-8", "replace"))
+        assert found.tolist() == expected and stated_size == size
+        decoded = b"".join([*tokens, b"\0"][token] for token in found).decode()     # \0 before each document
+        assert decoded.split("\0") == ["", *texts]
+
+
+def test_a_set_of_a_trained_bpe_is_kept_and_written_again_without_its_bpe(tmp_path, folder, capsys):
+    out, options = tmp_path / "out", ["--train_bpe", 260, "--out", tmp_path / "out"]
+    make(folder, *options)
+    whole = files(out)
+    (folder / "0.txt").write_text("another train text")
+    make(folder, *options)
+    assert files(out) == whole and "are there" in capsys.readouterr().out
+    (out / "bpe.tiktoken").unlink()
+    make(folder, *options)
+    assert files(out).keys() == whole.keys() and files(out) != whole
+    make(folder, "--encoding", out / "bpe.tiktoken", "--out", tmp_path / "same")
+    assert files(tmp_path / "same").items() < files(out).items()
+    make(folder, "--train_bpe", 257, "--out", tmp_path / "bytes")
+    make(folder, "--out", tmp_path / "same", "--force")
+    assert files(tmp_path / "same").items() < files(tmp_path / "bytes").items()
+
+
+def test_the_second_text_of_lab_is_in_the_bpe_of_the_first(tmp_path, folder, monkeypatch):
+    for name in ("torch", "python"):
+        (tmp_path / name).mkdir()
+        for path in folder.iterdir():       # 7.py is not for validation, 28.py is
+            number = path.stem.replace("7", "28")
+            (tmp_path / name / f"{number}.py").write_text(path.read_text().replace("the", name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / name / "x")))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "python"))
+    make("--train_bpe", 265, "--out", tmp_path / "out")
+    make(tmp_path / "torch", "--train_bpe", 265, "--out", tmp_path / "first")
+    make(tmp_path / "python", "--encoding", tmp_path / "first/bpe.tiktoken", "--out", tmp_path / "second")
+    first, second = files(tmp_path / "first"), files(tmp_path / "second")
+    for _ in range(2):
+        made = tmp_path / "out"
+        assert files(made / "second") == second
+        assert {path.name: path.read_bytes() for path in made.glob("[!.]*.*")} == first
+        shutil.rmtree(made / "second")
+        make("--train_bpe", 265, "--out", made)
+
+
+@pytest.mark.parametrize("options, message", [
+    (["256"], "--train_bpe 256: give 257 (the bytes and the end of text) to 65536 (what a shard can hold)"),
+    (["65537"], "--train_bpe 65537: give 257"), (["0"], "--train_bpe 0: give 257"),
+    (["many"], "argument --train_bpe: invalid int value: 'many'"),
+    (["300", "--encoding", "gpt2"], "argument --encoding: not allowed with argument --train_bpe"),
+    (["300"], "--train_bpe 300: the training documents hold pairs for 267 tokens; give at most so many, or more text")])
+def test_errors_of_a_size_of_a_bpe(tmp_path, folder, capsys, options, message):
+    error = error_of(folder, "--out", tmp_path / "out", "--train_bpe", *options)
+    assert message in error + capsys.readouterr().err and not list((tmp_path / "out").glob("[!.]*"))
+
+
 def test_tiny_data_is_what_the_preset_names(tmp_path):
     if torch.__version__.split("+")[0] != "2.13.0":
         pytest.skip(f"the preset's sha256 are of torch 2.13.0's sources, here is {torch.__version__}")
@@ -177,13 +299,14 @@ def test_separators_equal_names_and_half_characters(tmp_path, folder):
     ("a.parquet", b"text", "a.parquet: ArrowInvalid"), ("a.gz", b"text", "a.gz: BadGzipFile"),
     ("a.txt.gz", gzip.compress(bytes(range(256)) * 9)[:-20], "a.txt.gz: EOFError"),
     ("a.txt", b"a" + b"\n" * 1_200_000 + b"b", "a.txt: tiktoken cannot split it")], ids=range(12))
-def test_errors_of_files(tmp_path, folder, name, data, message):
+@pytest.mark.parametrize("trained", [False, True], ids=["ranks", "trained"])
+def test_errors_of_files(tmp_path, folder, name, data, message, trained):
     if isinstance(data, dict):
         pyarrow.parquet.write_table(pyarrow.table(data), tmp_path / name)
     else:
         (tmp_path / name).write_bytes(data)
-    error = error_of(folder, tmp_path / name, "--out", tmp_path / "out", "--encoding",
-                     write_small_ranks(tmp_path / "ranks"))
+    options = ["--train_bpe", 258] if trained else ["--encoding", write_small_ranks(tmp_path / "ranks")]
+    error = error_of(folder, tmp_path / name, "--out", tmp_path / "out", *options)
     assert message in error and str(tmp_path / name) in error and os.listdir(tmp_path / "out") == [".local_text.lock"]
 
 
@@ -210,14 +333,17 @@ def test_shards_that_are_not_good_are_written_again(tmp_path, folder, monkeypatc
         assert files(out) == whole
 
 
-def test_a_kill_between_any_two_renames_leaves_the_old_set_the_new_one_or_none(tmp_path, folder, monkeypatch):
+@pytest.mark.parametrize("options", [[], ["--train_bpe", "258"]], ids=["bytes", "bpe"])
+def test_a_kill_between_any_two_renames_leaves_the_old_set_the_new_one_or_none(tmp_path, folder, monkeypatch, options):
     monkeypatch.setattr(local_text, "SHARD_TOKENS", 8)
-    make(folder, "--out", tmp_path / "old")
-    (folder / "7.txt").write_text("another val text")
-    make(folder, "--out", tmp_path / "new")
+    make(folder, "--out", tmp_path / "old", *options)
+    (folder / "0.txt").write_text("the other text")
+    (folder / "7.txt").write_text("another longer val text")
+    make(folder, "--out", tmp_path / "new", *options)
     old, new = files(tmp_path / "old"), files(tmp_path / "new")
-    assert len(old) == 2 + 2 and len(new) == 2 + 3
-    for num_changes in range(len(old) + len(new)):
+    num_bpes = len(options) // 2
+    assert len(old) == 2 + 2 + num_bpes and len(new) == 2 + 3 + num_bpes
+    for num_changes in range(len(old) + len(new) - num_bpes):   # a BPE takes the place of the old one at once
         out = shutil.copytree(tmp_path / "old", tmp_path / str(num_changes))
         left = iter(range(num_changes))
 
@@ -230,9 +356,9 @@ def test_a_kill_between_any_two_renames_leaves_the_old_set_the_new_one_or_none(t
         with monkeypatch.context() as patch, pytest.raises(GeneratorExit):
             patch.setattr(os, "replace", counted(os.replace))
             patch.setattr(Path, "unlink", counted(Path.unlink))
-            make(folder, "--out", out, "--force")
+            make(folder, "--out", out, "--force", *options)
         assert (files(out) == old) == (num_changes == 0)
-        make(folder, "--out", out)
+        make(folder, "--out", out, *options)
         assert files(out) == (old if num_changes == 0 else new)
 
 
