@@ -117,6 +117,16 @@ class Config:
 
 TRACKS = {
     "small": dict(),
+    "lab": dict(
+        prepare=r"data/local_text.py --train_bpe 1024 --separator \n\n\n --out data/lab",
+        train_files="data/lab/train_*.bin", val_files="data/lab/val_*.bin",
+        train_sha256="ec1164e96a45b25cf79e0a492007d415801d7f85da9cfba1d49352e93c79d815",
+        val_sha256="1757957470087c3507b1094eeb676d8eb48dd9a968769cb184270bcaf775888f",
+        second_files="data/lab/second/*.bin", vocab_size=1024, val_tokens=2**19, target=3.0,
+        seq_len=512, document_tokens=512, num_layers=6, num_heads=2, head_dim=64,
+        attention_scale=0.17, value_tables=2, ngram_rows=65_536, ngram_dim=32,
+        batch_tokens=2048, stages="1:64 2:128 3:192", val_window=320, val_every=0,
+        num_steps=240, cooldown_steps=132, momentum_warmup_steps=100),
     "tiny": dict(
         prepare="data/local_text.py", vocab_size=257, val_tokens=2**20, target=1.30,
         train_files="data/tiny/train_*.bin", val_files="data/tiny/val_*.bin",
