@@ -30,7 +30,6 @@ import traceback
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -143,9 +142,10 @@ RESUME_MAY_CHANGE = set("""prepare train_files val_files second_files micro_batc
     save_every resume log_dir run_id compile prime_steps collective_timeout""".split())
 
 def parse_command_line(arguments: list[str]) -> dict:
-    choices = dict.fromkeys(["nesterov", "mixing", "gates", "cautious"], ["on", "off"]) | dict(
+    choices = dict(
         dtype=["auto", "float32", "bfloat16"], compile=["auto", "on", "off"],
         matrix_optimizer=OPTIMIZERS, update_scale=UPDATE_SCALES)
+    choices |= dict.fromkeys(["nesterov", "mixing", "gates", "cautious"], ["on", "off"])
     parser = argparse.ArgumentParser(
         usage="train_gpt.py TRACK [--field value ...], or --help",
         description=__doc__, epilog=inspect.getsource(Config), allow_abbrev=False,
@@ -177,13 +177,14 @@ def make_config(given: dict, saved: dict | None = None) -> Config:
         good = isinstance(value, str) or unit <= value < math.inf
         require(good, f"--{name} {value}: give at least {unit}")
         require(not unit or value % unit == 0, f"--{name} {value}: give a multiple of {unit}")
-    for name, most in dict(document_tokens=c.seq_len, ngram_dim=c.model_dim,
-                           value_tables=c.num_layers).items():
+    limits = dict(document_tokens=c.seq_len, ngram_dim=c.model_dim,
+                  value_tables=c.num_layers // 2)
+    for name, limit in limits.items():
         value = getattr(c, name)
-        require(value <= most, f"--{name} {value}: give at most {most}")
-    for name, form in dict(stages=r"[1-9]\d*:\d+( +[1-9]\d*:\d+)*", windows="[SL]+").items():
-        value = getattr(c, name)
-        require(re.fullmatch(form, value), f"--{name} {value}: give, say, {getattr(Config, name)}")
+        require(value <= limit, f"--{name} {value}: give at most {limit}")
+    for name, form in dict(stages=r"([1-9]\d*:\d+ ?)+", windows="[SL]+").items():
+        value, example = getattr(c, name), getattr(Config, name)
+        require(re.fullmatch(form, value), f"--{name} {value}: give, say, {example}")
     plain = c.run_id == os.path.basename(c.run_id).lstrip(".")
     require(plain, f"--run_id {c.run_id}: give a folder's name")
     return c
@@ -346,58 +347,34 @@ def rotate(x_BTHK, cos, sin):
     a, b = x_BTHK.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x_BTHK)
 
-class Seen(NamedTuple):
-    # What a token sees of its document: itself and up to `window` tokens before it.
-    mask: torch.Tensor | None = None  # (T, T) or (B, 1, T, T): -inf for what it does not; or
-    bounds: torch.Tensor | None = None  # int32: of the documents in the flattened rows
-    longest: int = 0  # of the documents
-    window: int = -1  # -1: all
+def choose_attention(c: Config, device: torch.device) -> str:
+    # FlashAttention over documents where all ranks have it: tried forward and backward.
+    if device.type == "cpu":
+        return "plain products" if c.dtype == "bfloat16" else "torch SDPA"
+    works, dtype = False, getattr(torch, c.dtype)
+    x = torch.ones(64, c.num_heads, c.head_dim, device=device, dtype=dtype, requires_grad=True)
+    bounds = torch.arange(0, 65, 32, device=device, dtype=torch.int32)
+    with contextlib.suppress(RuntimeError):
+        varlen_attn(x, x, x, bounds, bounds, 32, 32, window_size=(16, 0)).sum().backward()
+        works = True
+    return "torch varlen_attn" if all(gather(works)) else "torch SDPA"
 
-def make_mask(first_BT, window: int, dtype: torch.dtype, documents: bool) -> torch.Tensor:
-    # first_BT: whether a document starts there.
-    place = torch.arange(first_BT.size(1), device=first_BT.device)
-    back = place[:, None] - place
-    seen = (back >= 0) & (back <= (window or len(place)))
-    if documents:
-        number = first_BT.cumsum(1)[:, None]
-        seen = seen & (number[..., None] == number[..., None, :])
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
-
-def make_bounds(first_BT, most: int | None) -> torch.Tensor:
-    # Of `most` documents: those that are not there are empty. No size depends on how many are.
-    total = first_BT.numel()
-    place = torch.arange(total, device=first_BT.device)
-    starts = place.where(first_BT.flatten(), total).sort().values[:most]
-    return F.pad(starts, (0, 1), value=total).int()
-
-def has_varlen(c: Config, device: torch.device) -> bool:
-    # Whether FlashAttention over documents works, forward and backward, on all ranks.
-    works = False
-    if device.type == "cuda":
-        x = torch.ones(64, c.num_heads, c.head_dim, device=device, dtype=getattr(torch, c.dtype))
-        x.requires_grad_()
-        bounds = torch.arange(0, 65, 32, dtype=torch.int32, device=device)
-        with contextlib.suppress(RuntimeError):
-            varlen_attn(x, x, x, bounds, bounds, 32, 32, window_size=(16, 0)).sum().backward()
-            works = True
-    return all(gather(works))
-
-def attend(q_BTHK, k_BTHK, v_BTHK, scale: float, seen: Seen) -> torch.Tensor:
-    if seen.bounds is not None:
+def attend(q_BTHK, k_BTHK, v_BTHK, scale: float, seen) -> torch.Tensor:
+    # seen: as GPT.seen gives it.
+    if isinstance(seen, tuple):
+        bounds, longest, window = seen
         q, k, v = q_BTHK.flatten(0, 1), k_BTHK.flatten(0, 1), v_BTHK.flatten(0, 1)
-        y = varlen_attn(q, k, v, seen.bounds, seen.bounds, seen.longest, seen.longest,
-                        scale=scale, window_size=(seen.window, 0))
+        y = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale,
+                        window_size=(window, 0))
         return y.view_as(q_BTHK)
+
     q, k, v = q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BTHK.transpose(1, 2)
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        y = F.scaled_dot_product_attention(q, k, v, seen.mask, scale=scale)
-        return y.transpose(1, 2)
-
+        return F.scaled_dot_product_attention(q, k, v, seen, scale=scale).transpose(1, 2)
     # For bfloat16 torch's CPU kernel is slower than plain products.
-    mask = seen.mask
-    if mask.ndim == 4:
-        mask = mask.expand(-1, q.size(1), -1, -1).flatten(0, 1)
-    scores = torch.baddbmm(mask, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale)
+    if seen.ndim == 4:
+        seen = seen.expand(-1, q.size(1), -1, -1).flatten(0, 1)
+    scores = torch.baddbmm(seen, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale)
     y = scores.softmax(-1) @ v.flatten(0, 1)
     return y.view_as(q).transpose(1, 2)
 
@@ -406,11 +383,11 @@ class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.num_heads, self.scale = c.num_heads, c.attention_scale
-        # Of each head: how much of its output and of the value embedding there is, 1 at first.
+        # Factors of each head's output and of its value embedding, 1 at first.
         self.gates = Linear(12, 2 * c.num_heads, bias=False) if c.gates == "on" else None
         self.qkv = Linear(c.model_dim, 3 * c.model_dim, bias=False)  # rows of Q, K, V
         self.proj = Linear(c.model_dim, c.model_dim, bias=False)
-    def forward(self, x_BTD, values_BTD, seen: Seen, cos, sin):
+    def forward(self, x_BTD, values_BTD, seen, cos, sin):
         q, k, v = self.qkv(x_BTD).unflatten(2, (3, self.num_heads, -1)).unbind(2)
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
         gate, value_gate = 1.0, 1.0
@@ -477,41 +454,45 @@ class GPT(nn.Module):
         self.ngrams = Ngrams(c) if c.ngram_rows else None
         self.value_embeds = nn.ModuleList(
             nn.Embedding(c.padded_vocab_size, c.model_dim) for _ in range(c.value_tables))
-        # {layer: its table}: the last layers have those of the first.
-        tables = range(c.value_tables)
-        self.table_of = {c.num_layers - c.value_tables + i: i for i in tables}
-        self.table_of |= {i: i for i in tables}
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.lm_head = Linear(c.model_dim, c.padded_vocab_size, bias=False)
-        self.varlen, self.most_documents = False, None  # in a batch, as set_up finds
+        self.varlen, self.most_documents = False, None  # set_up knows better
     @torch.no_grad()
     def initialize(self) -> "GPT":
         # Draws the weights on the CPU, so that they are the same everywhere.
         std = 0.5 * self.config.model_dim ** -0.5
-        stds = {"value_embeds.*.weight": 0.0, "embed.weight": 1.0, "qkv.weight": std, "up.weight": std,
-                "lm_head.weight": 0.0, "proj.weight": 0.0, "table": 0.0, "gates.weight": 0.0,
-                "mix": 0.0}
+        stds = {"embed.weight": 1.0, "qkv.weight": std, "up.weight": std,
+                "lm_head.weight": 0.0, "proj.weight": 0.0, "table": 0.0, "mix": 0.0,
+                "gates.weight": 0.0, "value_embeds.*": 0.0}
         generator = torch.Generator().manual_seed(self.config.seed)
         for name, p in self.named_parameters():
             fits = [stds[end] for end in stds if fnmatch.fnmatchcase(name, f"*{end}")]
             require(fits, f"parameter {name}: add it to GPT.initialize")
             nn.init.normal_(p, 0.0, fits[0], generator)
         return self
-    def seen(self, tokens_BT, window: int) -> dict[str, Seen]:
-        # {kind of layer: what its tokens see}.
-        c, dtype = self.config, getattr(torch, self.config.dtype)
-        documents = c.document_tokens > 0
-        first_BT = tokens_BT == (c.vocab_size - 1 if documents else -1)
+    def seen(self, tokens_BT, window: int):
+        # A token sees its document up to itself, `window` tokens back at most (0: all). Returns
+        # for varlen_attn the bounds of the documents in the flattened rows, their greatest
+        # length and the window, otherwise a mask (T, T) or (B, 1, T, T).
+        c, size = self.config, tokens_BT.size(1)
+        first_BT = tokens_BT == (c.vocab_size - 1 if c.document_tokens else -1)
         first_BT[:, 0] = True
-        windows = {kind: window // dict(L=1, S=2)[kind] for kind in c.windows}
-        if not self.varlen:
-            return {kind: Seen(make_mask(first_BT, windows[kind], dtype, documents))
-                    for kind in windows}
+        if self.varlen:
+            # No shape depends on how many documents there are: the last of them are empty.
+            place = torch.arange(first_BT.numel(), device=first_BT.device)
+            starts = place.where(first_BT.flatten(), len(place)).sort().values
+            bounds = F.pad(starts[:self.most_documents], (0, 1), value=len(place)).int()
+            longest = c.document_tokens if c.document_tokens and self.training else size
+            return bounds, longest, window or -1
 
-        bounds, longest = make_bounds(first_BT, self.most_documents), tokens_BT.size(1)
-        if documents and self.training:
-            longest = c.document_tokens
-        return {kind: Seen(None, bounds, longest, windows[kind] or -1) for kind in windows}
+        place = torch.arange(size, device=first_BT.device)
+        back = place[:, None] - place
+        seen = (back >= 0) & (back <= (window or size))
+        if c.document_tokens:
+            number = first_BT.cumsum(1)[:, None]
+            seen = seen & (number[..., None] == number[..., None, :])
+        mask = torch.zeros_like(seen, dtype=getattr(torch, c.dtype))
+        return mask.masked_fill_(~seen, -torch.inf)
     def hidden(self, tokens_BT, window: int = 0):
         # window: of the long layers (0: the whole row).
         c, dtype = self.config, getattr(torch, self.config.dtype)
@@ -519,12 +500,15 @@ class GPT(nn.Module):
         if self.ngrams:
             x_BTD = x_BTD + self.ngrams(tokens_BT)
         x_BTD = embedded_BTD = norm(x_BTD.to(dtype))
-        values = [embed(tokens_BT).to(dtype) for embed in self.value_embeds] + [None]
-        seen = self.seen(tokens_BT, window)
+        # The last layers have the value embeddings of the first.
+        values = [embed(tokens_BT).to(dtype) for embed in self.value_embeds]
+        values += [None] * (c.num_layers - 2 * len(values)) + values
+        windows = dict(L=window, S=window // 2)
+        seen = {kind: self.seen(tokens_BT, windows[kind]) for kind in sorted(set(c.windows))}
         cos, sin = rotary_tables(x_BTD.size(1), c.head_dim, x_BTD.device)
         for layer, block in enumerate(self.blocks):
-            kind, table = c.windows[layer % len(c.windows)], self.table_of.get(layer, -1)
-            x_BTD = block(x_BTD, embedded_BTD, values[table], seen[kind], cos, sin)
+            kind = c.windows[layer % len(c.windows)]
+            x_BTD = block(x_BTD, embedded_BTD, values[layer], seen[kind], cos, sin)
         return x_BTD
     def logits(self, x_BTD):
         cap = self.config.logit_softcap
@@ -717,13 +701,13 @@ def parameter_table(c: Config) -> list[tuple]:
     matrix_lr = c.lr * (c.matrix_lr_ratio or ratios.get(matrix, 1.0))
     parts = dict(muon=3).get(matrix, 1)
     embed_lr, mixing_lr = c.lr * c.embed_lr_ratio, c.lr * c.mixing_lr_ratio
-    table = [("ngrams.table", "row_adam", embed_lr, 0.0, 1)] * bool(c.ngram_rows)
-    table += [("value_embeds.*", "adamw", embed_lr, 0.0, 1)] * bool(c.value_tables)
-    table += [("blocks.*.mix", "adamw", mixing_lr, 0.0, 1)] * (c.mixing == "on")
-    table += [("blocks.*.gates.*", "adamw", c.lr, 0.0, 1)] * (c.gates == "on")
-    return table + [
+    return [
         ("lm_head.weight", "adamw", c.lr, 0.0, 1),
-        ("*embed.weight", "adamw", embed_lr, 0.0, 1),
+        ("embed.weight", "adamw", embed_lr, 0.0, 1),
+        ("ngrams.table", "row_adam", embed_lr, 0.0, 1),
+        ("value_embeds.*", "adamw", embed_lr, 0.0, 1),
+        ("blocks.*.mix", "adamw", mixing_lr, 0.0, 1),
+        ("blocks.*.gates.weight", "adamw", c.lr, 0.0, 1),
         ("blocks.*.qkv.weight", matrix, matrix_lr, decay, parts),
         ("blocks.*.weight", matrix, matrix_lr, decay, 1)]
 
@@ -732,7 +716,8 @@ def make_optimizers(model: GPT, c: Config) -> tuple[dict, str]:
     left, groups, table = dict(model.named_parameters()), {}, ""
     for pattern, optimizer, lr, decay, parts in parameter_table(c):
         fits = [name for name in left if fnmatch.fnmatchcase(name, pattern)]
-        require(fits, f"parameter_table: {pattern}: fits no parameter; move or drop it")
+        if not fits:  # a part that is off
+            continue
         named = [(name, left.pop(name)) for name in fits]
         group = dict(params=named, lr=lr, initial_lr=lr, weight_decay=decay, parts=parts)
         groups.setdefault(optimizer, []).append(group)
@@ -877,7 +862,8 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
     run.folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(c.seed)
     run.model = run.ddp = GPT(c).initialize().to(device)
-    run.model.varlen = has_varlen(c, device)
+    run.attention = choose_attention(c, device)
+    run.model.varlen = run.attention == "torch varlen_attn"
     texts = [run.train_rows, run.val_rows, *([run.second] * bool(run.second))]
     run.model.most_documents = run.micro_batch * max(text.documents for text in texts)
     run.optimizers, run.table = make_optimizers(run.model, c)
@@ -896,12 +882,6 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
         run.ddp = nn.parallel.DistributedDataParallel(run.model, gradient_as_bucket_view=True)
     return run
 
-def attention_kernel(run) -> str:
-    if run.model.varlen:
-        return "torch varlen (FlashAttention)"
-    plain = run.device.type == "cpu" and run.config.dtype == "bfloat16"
-    return "plain products" if plain else "torch SDPA"
-
 def log_header(run) -> None:
     c, file = run.config, Path(__file__).resolve()
     source, epochs = file.read_text(encoding="utf-8"), run.starts[-1] / run.train_rows.count
@@ -914,7 +894,7 @@ data sha256: train {run.sha256["train"]}, val {run.sha256["val"]}
 source: sha256 {hashlib.sha256(source.encode()).hexdigest()}, git {git}
 versions: python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}
 hardware: {describe_hardware(run.device)}
-kernels: attention {attention_kernel(run)}; {c.dtype}; torch.compile {run.compiled}
+kernels: attention {run.attention}; {c.dtype}; torch.compile {run.compiled}
 data: {run.starts[1]} rows a step, {run.micro_batch} at once; {epochs:.2f} epochs{run.table}""")
     log(run, f"config: {json.dumps(vars(c))}", console=False)
 

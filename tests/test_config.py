@@ -54,7 +54,7 @@ def test_help_lists_every_field_and_the_tracks():
     ("tiny", "stages", "1:8 2", ["--stages 1:8 2", "1:384"]),
     ("tiny", "stages", "0:8", ["--stages 0:8", "1:384"]),
     ("tiny", "windows", "SX", ["--windows SX", "SSSL"]),
-    ("tiny", "value_tables", "3", ["--value_tables 3", "at most 2"]),
+    ("tiny", "value_tables", "3", ["--value_tables 3", "at most 1"]),
     ("tiny", "document_tokens", "33", ["--document_tokens 33", "at most 32"]),
     ("tiny", "tokens_ahead", "0", ["--tokens_ahead 0", "at least 1"]),
     ("tiny", "run_id", "a/b", ["--run_id a/b"]),

@@ -130,18 +130,21 @@ def test_documents_do_not_see_each_other_and_windows_are_exact(window):
 
 def test_the_bounds_of_documents_say_what_the_mask_says():
     """For FlashAttention, which a CPU has not: bounds of as many documents as there may be, the rest empty."""
-    generator = torch.Generator().manual_seed(0)
+    model = small_model(document_tokens=16)
+    tokens = torch.randint(250, 257, (3, 16), generator=torch.Generator().manual_seed(0))
+    mask = model.seen(tokens, 5)
+    model.varlen = True
     for most in (None, 40):
-        first = torch.rand(3, 16, generator=generator) < 0.3
-        first[:, 0] = True
-        bounds = train_gpt.make_bounds(first, most).tolist()
-        assert len(bounds) == (most or 48) + 1 and bounds == sorted(bounds) and bounds[-1] == 48
-        assert sorted(set(bounds[:-1]) - {48}) == first.flatten().nonzero().flatten().tolist()
-        mask = train_gpt.make_mask(first, 0, torch.float32, documents=True)
+        model.most_documents = most
+        bounds, longest, window = model.seen(tokens, 5)
+        bounds = bounds.tolist()
+        assert (longest, window, len(bounds)) == (16, 5, (most or 48) + 1)
+        assert bounds == sorted(bounds) and bounds[-1] == 48
         for t in range(48):
-            start = max(bound for bound in bounds if bound <= t)
-            assert (mask[t // 16, 0, t % 16] == 0).nonzero().flatten().tolist() == [
-                s - t // 16 * 16 for s in range(start, t + 1)]
+            start = max(max(bound for bound in bounds if bound <= t), t - window)
+            found = (mask[t // 16, 0, t % 16] == 0).nonzero().flatten() + t // 16 * 16
+            assert found.tolist() == list(range(start, t + 1))
+    assert model.seen(tokens, 0)[2] == -1
 
 
 @pytest.mark.parametrize("length", [1, 100, 128, 300])
@@ -152,8 +155,8 @@ def test_attention_of_a_cpu_against_float64(length):
     results = []
     for dtype in (torch.float64, torch.bfloat16):
         inputs = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
-        mask = train_gpt.make_mask(torch.zeros(2, length), 0, dtype, documents=False)
-        y = train_gpt.attend(*(x.transpose(1, 2) for x in inputs), 0.24, train_gpt.Seen(mask)).transpose(1, 2)
+        mask = torch.full((length, length), -torch.inf, dtype=dtype).triu(1)
+        y = train_gpt.attend(*(x.transpose(1, 2) for x in inputs), 0.24, mask).transpose(1, 2)
         y.backward(dy.to(dtype))
         results.append([y.detach(), *(x.grad for x in inputs)])
     scores = (q @ k.mT * 0.24).masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -math.inf)

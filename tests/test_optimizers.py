@@ -318,10 +318,3 @@ def test_a_new_optimizer_is_an_entry_and_a_row(matrix_optimizer, text, tmp_path,
     assert train("--resume", tmp_path / "r", "--log_dir", tmp_path / "again") == 0
     assert losses(tmp_path / "again/r") == {key: loss for key, loss in whole.items() if key[1] > 12}
     assert float(whole["val", 20]) < float(whole["train", 1]) - 0.1
-
-
-def test_a_row_that_nothing_fits_is_an_error(first_row):
-    model = small_model()
-    first_row("*.gain", "adamw", 0.1, 0.0, 1)
-    with pytest.raises(train_gpt.RunError, match=r"\*\.gain: .*drop"):
-        train_gpt.make_optimizers(model, model.config)

@@ -69,8 +69,21 @@ def whole(text, tmp_path_factory):
 
 def test_it_learns_and_two_processes_equal_one(one, two):
     a, b = losses(one), losses(two)
-    assert len(a) == 40 and largest_difference(a, b) < 1e-4
+    # AdamW divides the first gradients of the mixing and the gates, which are tiny, by themselves, and their rounding
+    # with them. Without these two the losses are equal to the last digit.
+    assert len(a) == 40 and largest_difference(a, b) < 1e-3
     assert float(a["val", 20]) < float(a["train", 1]) - 0.3
+
+
+@pytest.mark.slow
+def test_eight_processes_equal_one_on_a_shrunken_small(text, tmp_path):
+    """Of the preset: its parts, six layers, and its three stages."""
+    options = [*SMALL, *text, "--vocab_size", 257, "--document_tokens", 24, "--stages", "1:8 2:16 3:24",
+               "--num_layers", 6, "--val_every", 1, "--val_window", 30, "--log_dir", tmp_path]
+    for nproc in (1, 8):
+        result = run("small", *options, "--run_id", nproc, nproc=nproc, timeout=400)
+        assert result.returncode == 0, result.stderr
+    assert largest_difference(losses(tmp_path / "1"), losses(tmp_path / "8")) < 2e-3
 
 
 def test_same_seed_same_losses_and_priming_leaves_no_trace(one, whole):
@@ -115,7 +128,7 @@ def test_two_processes_resume_bit_equal_and_one_goes_on_with_their_checkpoint(tw
     expected = {key: loss for key, loss in losses(two).items() if key[1] > 12}
     assert losses(tmp_path / "r") == expected and len(expected) == 16
     assert train("--resume", two, "--log_dir", tmp_path / "alone") == 0
-    assert largest_difference(losses(tmp_path / "alone/r"), expected) < 1e-4
+    assert largest_difference(losses(tmp_path / "alone/r"), expected) < 1e-3
 
 
 def test_bfloat16_follows_float32_and_is_taken_where_the_cpu_has_units(one, text, tmp_path):
@@ -124,7 +137,7 @@ def test_bfloat16_follows_float32_and_is_taken_where_the_cpu_has_units(one, text
     assert train("tiny", *RUN, *text, "--dtype", "auto" if has_units else "bfloat16", "--log_dir", tmp_path) == 0
     for folder, dtype in ((one, "float32"), (tmp_path / "r", "bfloat16")):
         assert f'"dtype": "{dtype}"' in (folder / "log.txt").read_text()
-    assert 0 < largest_difference(losses(one), losses(tmp_path / "r")) < 0.02
+    assert 0 < largest_difference(losses(one), losses(tmp_path / "r")) < 0.06
 
 
 @pytest.mark.upstream
