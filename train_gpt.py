@@ -70,7 +70,7 @@ class Config:
     windows: str = "SSSL"  # of the layers, in turn: L is a stage's, S half of it
     mixing: str = "on"  # each block's input: a sum with the embedding
     gates: str = "on"  # of each head
-    value_tables: int = 3  # of the first and the last layers (0: off)
+    value_tables: int = 3  # of as many first and last layers (0: off)
     ngram_rows: int = 2**20  # of the hashed table of each n (0: off)
     ngram_max: int = 3  # n from 2 on
     ngram_dim: int = 192  # channels (0: all)
@@ -177,11 +177,6 @@ def make_config(given: dict, saved: dict | None = None) -> Config:
         good = isinstance(value, str) or unit <= value < math.inf
         require(good, f"--{name} {value}: give at least {unit}")
         require(not unit or value % unit == 0, f"--{name} {value}: give a multiple of {unit}")
-    limits = dict(document_tokens=c.seq_len, ngram_dim=c.model_dim,
-                  value_tables=c.num_layers // 2)
-    for name, limit in limits.items():
-        value = getattr(c, name)
-        require(value <= limit, f"--{name} {value}: give at most {limit}")
     for name, form in dict(stages=r"([1-9]\d*:\d+ ?)+", windows="[SL]+").items():
         value, example = getattr(c, name), getattr(Config, name)
         require(re.fullmatch(form, value), f"--{name} {value}: give, say, {example}")
@@ -272,7 +267,8 @@ class Rows:
     # Rows of seq_len tokens and the one after; no row spans two shards. Shards beyond the
     # first `max_rows` rows are left out, so that it does not matter how many are there. With
     # `cut`, a row begins with a document, and has no more than so many tokens of each.
-    def __init__(self, option: str, pattern: str, c: Config, max_rows: int, cut: int = 0):
+    def __init__(self, option: str, pattern: str, c: Config, max_rows: int,
+                 cut: int | None = None):
         self.seq_len, self.cut, self.count, self.documents = c.seq_len, cut, 0, 1
         self.shards, self.firsts, digest = [], [], hashlib.sha256()
         for path in sorted(glob.glob(pattern)):
@@ -286,7 +282,7 @@ class Rows:
         starts = np.zeros(1, dtype=np.int64)  # of documents
         if c.document_tokens:
             starts = np.union1d(starts, np.flatnonzero(tokens == c.vocab_size - 1))
-        lengths = np.diff(starts, append=len(tokens)).clip(max=self.cut or None)
+        lengths = np.diff(starts, append=len(tokens)).clip(max=self.cut)
         ends = lengths.cumsum()
         begins = ends - lengths  # in what is kept
         self.shards.append((tokens, begins, starts - begins))
@@ -428,7 +424,7 @@ class Ngrams(nn.Module):
         super().__init__()
         require(c.ngram_max > 1, f"--ngram_max {c.ngram_max}: give at least 2")
         self.rows, self.sizes = c.ngram_rows, range(2, c.ngram_max + 1)
-        dim = c.ngram_dim or c.model_dim
+        dim = min(c.ngram_dim or c.model_dim, c.model_dim)
         self.padding = c.model_dim - dim  # the other channels have none
         table = torch.empty(len(self.sizes) * c.ngram_rows, dim)
         self.table = nn.Parameter(table, requires_grad=False)
@@ -453,7 +449,8 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(c.padded_vocab_size, c.model_dim)
         self.ngrams = Ngrams(c) if c.ngram_rows else None
         self.value_embeds = nn.ModuleList(
-            nn.Embedding(c.padded_vocab_size, c.model_dim) for _ in range(c.value_tables))
+            nn.Embedding(c.padded_vocab_size, c.model_dim)
+            for _ in range(min(c.value_tables, c.num_layers // 2)))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.lm_head = Linear(c.model_dim, c.padded_vocab_size, bias=False)
         self.varlen, self.most_documents = False, None  # set_up knows better
@@ -761,21 +758,10 @@ def set_schedules(optimizers: dict, c: Config, step: int) -> None:
             if "momentum" in group:
                 group["momentum"] = muon_momentum(c, step)
 
-def planned_bytes(c: Config, rows: int, compiled: bool) -> float:
-    # A step's memory with so many rows at once, as the fake GPU of the tests measures it.
-    layer, logits = (18, 1.1) if compiled else (24, 8)  # values that a token keeps
-    matrices = 12 * c.num_layers * c.model_dim ** 2
-    values = layer * c.num_layers * c.model_dim + logits * c.padded_vocab_size
-    size = getattr(torch, c.dtype).itemsize * values * rows * c.seq_len
-    return size + 16 * (matrices + 2 * c.padded_vocab_size * c.model_dim)
-
-def micro_batch_rows(c: Config, share: int, memory: float, compiled: bool) -> int:
-    # How many of a rank's share of rows run at once. --micro_batch 0: on a CPU (memory 0)
-    # 4,096 tokens, for its caches; on a GPU 65,536, or what 80% of its memory holds.
-    most = c.micro_batch or max(1, (65536 if memory else 4096) // c.seq_len)
-    planned = memory and not c.micro_batch
-    while planned and most > 1 and planned_bytes(c, most, compiled) > 0.8 * memory:
-        most //= 2
+def micro_batch_rows(c: Config, share: int, device: torch.device) -> int:
+    # How many of a rank's share of rows run at once. --micro_batch 0: 4,096 tokens on a CPU, for
+    # its caches; 16,384 on a GPU, which keep it busy and of small need 12 GiB.
+    most = c.micro_batch or max(1, dict(cpu=4096).get(device.type, 16_384) // c.seq_len)
     return max(n for n in range(1, share + 1) if share % n == 0 and n <= most)
 
 # ==== 7. Evaluation. Do not edit: it defines the target ===========================
@@ -840,7 +826,8 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
     least = math.gcd(*sizes)  # rows, so that all stages run as many at once
     share, left = divmod(least, ranks()[1])
     require(left == 0, f"--nproc_per_node {ranks()[1]}: give a divisor of {least} rows")
-    run.train_rows = Rows("train_files", c.train_files, c, run.starts[-1], c.document_tokens)
+    cut = min(c.document_tokens, c.seq_len) or None
+    run.train_rows = Rows("train_files", c.train_files, c, run.starts[-1], cut)
     run.val_rows = Rows("val_files", c.val_files, c, c.val_tokens // c.seq_len)
     there = all(gather(glob.glob(c.second_files)))
     run.second = there and Rows("second_files", c.second_files, c, 2048)
@@ -854,8 +841,7 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
     run.config = c = dataclasses.replace(
         c, run_id=gather(c.run_id or new_id)[0], dtype=c.dtype.replace("auto", dtype))
     run.compiled = c.compile == "on" or (c.compile == "auto" and device.type == "cuda")
-    memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
-    run.micro_batch = micro_batch_rows(c, share, min(gather(memory)), run.compiled)
+    run.micro_batch = micro_batch_rows(c, share, device)
     run.folder = Path(c.log_dir, c.run_id)
     taken = gather((run.folder / "log.txt").exists())[0] and not resumed
     require(not taken, f"--run_id {c.run_id}: has run already; give another")
