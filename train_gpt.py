@@ -69,7 +69,6 @@ class Config:
     head_dim: int = 128  # channels
     windows: str = "SSSL"  # of the layers, in turn: L is a stage's, S half of it
     mixing: str = "on"  # each block's input: a sum with the embedding
-    gates: str = "on"  # of each head
     value_tables: int = 3  # of as many first and last layers (0: off)
     ngram_rows: int = 2**20  # of the hashed table of each n (0: off)
     ngram_max: int = 3  # n from 2 on
@@ -93,8 +92,7 @@ class Config:
     momentum_warmup_steps: int = 300  # between the two (0: off)
     nesterov: str = "on"  # off: Muon does not look ahead
     normuon_beta2: float = 0.95  # of NorMuon's second moment (0: off)
-    matrix_weight_decay: float = 1.2  # times lr (0: off)
-    cautious: str = "on"  # Muon's decay, where signs agree, times lr again
+    matrix_weight_decay: float = 1.2  # times lr, and Muon's times lr again (0: off)
     # Schedule
     num_steps: int = 2100
     stages: str = "1:384 2:896 3:1408"  # factor:window, for equal shares of the steps
@@ -121,22 +119,22 @@ TRACKS = {
         train_files="data/lab/train_*.bin", val_files="data/lab/val_*.bin",
         train_sha256="ec1164e96a45b25cf79e0a492007d415801d7f85da9cfba1d49352e93c79d815",
         val_sha256="1757957470087c3507b1094eeb676d8eb48dd9a968769cb184270bcaf775888f",
-        second_files="data/lab/second/*.bin", vocab_size=1024, val_tokens=2**19, target=3.0,
+        second_files="data/lab/second/*.bin", vocab_size=1024, val_tokens=2**19, target=3.13,
         seq_len=512, document_tokens=512, num_layers=6, num_heads=2, head_dim=64,
         attention_scale=0.17, value_tables=2, ngram_rows=65_536, ngram_dim=32,
         batch_tokens=2048, stages="1:64 2:128 3:192", val_window=320, val_every=0,
-        num_steps=240, cooldown_steps=132, momentum_warmup_steps=100),
+        num_steps=200, cooldown_steps=110, momentum_warmup_steps=100),
     "tiny": dict(
         prepare="data/local_text.py", vocab_size=257, val_tokens=2**20, target=1.30,
         train_files="data/tiny/train_*.bin", val_files="data/tiny/val_*.bin",
         train_sha256="8c50fa9a10abf3fef5d6cd34ceedb667a62d72251aba450c66b02e151bbedac6",
         val_sha256="709ddb7c9af041164ff67d6e516132236f9070f4f3d20eb9f4b26582240e3e11",
         second_files="data/tiny/second/*.bin", seq_len=128, document_tokens=0, num_layers=2,
-        num_heads=4, head_dim=32, windows="L", mixing="off", gates="off", value_tables=0,
+        num_heads=4, head_dim=32, windows="L", mixing="off", value_tables=0,
         attention_scale=0.24, ngram_rows=65_536, ngram_max=6, ngram_dim=0, tokens_ahead=1,
         batch_tokens=1024, lr=0.003, embed_lr_ratio=30.0, matrix_weight_decay=0.0,
-        cautious="off", stages="1:0", val_window=0, val_every=0, num_steps=330,
-        cooldown_steps=250, momentum_warmup_steps=200)}
+        stages="1:0", val_window=0, val_every=0, num_steps=330, cooldown_steps=250,
+        momentum_warmup_steps=200)}
 # A change of any other field makes another run.
 RESUME_MAY_CHANGE = set("""prepare train_files val_files second_files micro_batch val_every
     save_every resume log_dir run_id compile prime_steps collective_timeout""".split())
@@ -144,8 +142,8 @@ RESUME_MAY_CHANGE = set("""prepare train_files val_files second_files micro_batc
 def parse_command_line(arguments: list[str]) -> dict:
     choices = dict(
         dtype=["auto", "float32", "bfloat16"], compile=["auto", "on", "off"],
-        matrix_optimizer=OPTIMIZERS, update_scale=UPDATE_SCALES)
-    choices |= dict.fromkeys(["nesterov", "mixing", "gates", "cautious"], ["on", "off"])
+        nesterov=["on", "off"], mixing=["on", "off"], matrix_optimizer=OPTIMIZERS,
+        update_scale=UPDATE_SCALES)
     parser = argparse.ArgumentParser(
         usage="train_gpt.py TRACK [--field value ...], or --help",
         description=__doc__, epilog=inspect.getsource(Config), allow_abbrev=False,
@@ -211,15 +209,14 @@ def watch(hosts: list[str]) -> None:
     # A thread of each rank. Once one has failed, each answers in the store, says which
     # others do not, and ends. The launcher of rank 0 holds the store.
     store, rank, size = next(dist.rendezvous("env://"))
-    names = [f"rank {r} (host {host})" for r, host in enumerate(hosts)]
-    lost = [f"{names[0]} or its launcher"]
+    lost = [f"rank 0 (host {hosts[0]}) or its launcher"]
     with contextlib.suppress(RuntimeError):  # the store is gone
         while not store.check(["failed"]):
             time.sleep(0.5)
         store.set(f"alive {rank}", "")
-        for _ in range(3):
-            time.sleep(1)
-            lost = [names[r] for r in range(size) if not store.check([f"alive {r}"])]
+        time.sleep(2)
+        lost = [f"rank {r} (host {host})" for r, host in enumerate(hosts)
+                if not store.check([f"alive {r}"])]
 
     time.sleep(1)  # a run that is over ends by itself
     hint = "did one die, hang or pass --collective_timeout?"
@@ -379,21 +376,14 @@ class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.num_heads, self.scale = c.num_heads, c.attention_scale
-        # Factors of each head's output and of its value embedding, 1 at first.
-        self.gates = Linear(12, 2 * c.num_heads, bias=False) if c.gates == "on" else None
         self.qkv = Linear(c.model_dim, 3 * c.model_dim, bias=False)  # rows of Q, K, V
         self.proj = Linear(c.model_dim, c.model_dim, bias=False)
     def forward(self, x_BTD, values_BTD, seen, cos, sin):
         q, k, v = self.qkv(x_BTD).unflatten(2, (3, self.num_heads, -1)).unbind(2)
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
-        gate, value_gate = 1.0, 1.0
-        if self.gates:
-            gates = 2 * self.gates(x_BTD[..., :12]).sigmoid()
-            gate, value_gate = gates.unsqueeze(3).chunk(2, dim=2)
         if values_BTD is not None:
-            v = v + value_gate * values_BTD.view_as(v)
-        y = gate * attend(q, k, v, self.scale, seen)
-        return self.proj(y.flatten(2))
+            v = v + values_BTD.view_as(v)
+        return self.proj(attend(q, k, v, self.scale, seen).flatten(2))
 
 class MLP(nn.Module):
     # W2 relu(W1 x)^2 (So et al. 2021, arXiv:2109.08668).
@@ -460,7 +450,7 @@ class GPT(nn.Module):
         std = 0.5 * self.config.model_dim ** -0.5
         stds = {"embed.weight": 1.0, "qkv.weight": std, "up.weight": std,
                 "lm_head.weight": 0.0, "proj.weight": 0.0, "table": 0.0, "mix": 0.0,
-                "gates.weight": 0.0, "value_embeds.*": 0.0}
+                "value_embeds.*": 0.0}
         generator = torch.Generator().manual_seed(self.config.seed)
         for name, p in self.named_parameters():
             fits = [stds[end] for end in stds if fnmatch.fnmatchcase(name, f"*{end}")]
@@ -677,18 +667,17 @@ def gather_rows(x: torch.Tensor) -> torch.Tensor:
     dist.all_gather_into_tensor(everyone, x)
     return everyone
 
-def make_muon(groups: list, c: Config, update_scale: str) -> Muon:
-    return Muon(groups, momentum=c.momentum, beta2=c.normuon_beta2, update_scale=update_scale,
-                nesterov=c.nesterov == "on", cautious=c.cautious == "on",
-                ns_dtype=getattr(torch, c.dtype))
+def make_muon(groups: list, c: Config, **settings) -> Muon:
+    return Muon(groups, momentum=c.momentum, beta2=c.normuon_beta2, nesterov=c.nesterov == "on",
+                ns_dtype=getattr(torch, c.dtype), **settings)
 
 # OrthogonalNesterov's momentum, v <- mu v + g, is the same but for a factor, which
 # orthogonalize removes.
 OPTIMIZERS = dict(
     row_adam=lambda groups, c: RowAdam(groups, lr=c.lr),
     adamw=lambda groups, c: torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True),
-    muon=lambda groups, c: make_muon(groups, c, c.update_scale),
-    orthogonal_nesterov=lambda groups, c: make_muon(groups, c, "none"))
+    muon=lambda groups, c: make_muon(groups, c, update_scale=c.update_scale, cautious=True),
+    orthogonal_nesterov=lambda groups, c: make_muon(groups, c, update_scale="none"))
 
 def parameter_table(c: Config) -> list[tuple]:
     # Rows of pattern, optimizer, learning rate, weight decay and parts; the first whose pattern
@@ -704,7 +693,6 @@ def parameter_table(c: Config) -> list[tuple]:
         ("ngrams.table", "row_adam", embed_lr, 0.0, 1),
         ("value_embeds.*", "adamw", embed_lr, 0.0, 1),
         ("blocks.*.mix", "adamw", mixing_lr, 0.0, 1),
-        ("blocks.*.gates.weight", "adamw", c.lr, 0.0, 1),
         ("blocks.*.qkv.weight", matrix, matrix_lr, decay, parts),
         ("blocks.*.weight", matrix, matrix_lr, decay, 1)]
 

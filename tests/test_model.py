@@ -30,7 +30,7 @@ def reference_ids(tokens: list[int], t: int, c: train_gpt.Config) -> list[int]:
     return ids
 
 
-STAGED = dict(windows="SL", document_tokens=32, mixing="on", gates="on", value_tables=1, ngram_max=3, ngram_dim=8,
+STAGED = dict(windows="SL", document_tokens=32, mixing="on", value_tables=1, ngram_max=3, ngram_dim=8,
               tokens_ahead=3)
 
 
@@ -72,9 +72,6 @@ def reference_logits(model: train_gpt.GPT, tokens: list[int], window: int = 0) -
         if c.mixing == "on":
             a, b = w[name + "mix"]
             x = (1 + a) * x + b * x0
-        gates = torch.ones(len(tokens), 2 * c.num_heads, dtype=torch.float64)
-        if c.gates == "on":
-            gates = 2 / (1 + (-norm(x)[:, :12] @ w[name + "attention.gates.weight"].T).exp())
         table = min(layer, layer - c.num_layers + c.value_tables, key=lambda i: not 0 <= i < c.value_tables)
         q, k, v = (norm(x) @ w[name + "attention.qkv.weight"].T).chunk(3, dim=-1)
         heads = []
@@ -82,11 +79,10 @@ def reference_logits(model: train_gpt.GPT, tokens: list[int], window: int = 0) -
             part = slice(h * c.head_dim, (h + 1) * c.head_dim)
             values = v[:, part]
             if 0 <= table < c.value_tables:
-                added = w[f"value_embeds.{table}.weight"][tokens][:, part]
-                values = values + gates[:, c.num_heads + h, None] * added
+                values = values + w[f"value_embeds.{table}.weight"][tokens][:, part]
             scores = rotate(norm(q[:, part])) @ rotate(norm(k[:, part])).T * c.attention_scale
             mask = reference_mask(tokens, window // 2 if c.windows[layer % len(c.windows)] == "S" else window, c)
-            heads.append(gates[:, h, None] * (scores.masked_fill(~mask, -math.inf).softmax(-1) @ values))
+            heads.append(scores.masked_fill(~mask, -math.inf).softmax(-1) @ values)
         x = x + torch.cat(heads, -1) @ w[name + "attention.proj.weight"].T
         x = x + F.relu(norm(x) @ w[name + "mlp.up.weight"].T) ** 2 @ w[name + "mlp.proj.weight"].T
     logits = norm(x) @ w["lm_head.weight"].T
@@ -208,7 +204,7 @@ def test_small_has_124m_parameters_and_tiny_starts_from_a_uniform_guess():
     assert (c.target, c.val_tokens, c.padded_vocab_size) == (3.28, 10_485_760, 50304)
     with torch.device("meta"):
         small = train_gpt.GPT(c)
-    matrices = [p for name, p in small.blocks.named_parameters() if "gates" not in name and p.ndim == 2]
+    matrices = [p for name, p in small.blocks.named_parameters() if p.ndim == 2]
     assert sum(p.numel() for p in [*matrices, small.lm_head.weight]) == 123_568_128
     tiny = train_gpt.GPT(train_gpt.make_config(dict(track="tiny", dtype="float32"))).initialize()
     tokens = torch.randint(257, (2, 65))
