@@ -119,9 +119,9 @@ TRACKS = {
         train_files="data/lab/train_*.bin", val_files="data/lab/val_*.bin",
         train_sha256="ec1164e96a45b25cf79e0a492007d415801d7f85da9cfba1d49352e93c79d815",
         val_sha256="1757957470087c3507b1094eeb676d8eb48dd9a968769cb184270bcaf775888f",
-        second_files="data/lab/second/*.bin", vocab_size=1024, val_tokens=2**19, target=3.13,
-        seq_len=512, document_tokens=512, num_layers=6, num_heads=2, head_dim=64,
-        attention_scale=0.17, value_tables=2, ngram_rows=65_536, ngram_dim=32,
+        second_files="data/lab/second/*.bin", vocab_size=1024, val_tokens=2**19,
+        target=3.13, seq_len=512, document_tokens=512, num_layers=6, num_heads=2,
+        head_dim=64, attention_scale=0.17, value_tables=2, ngram_rows=65_536, ngram_dim=32,
         batch_tokens=2048, stages="1:64 2:128 3:192", val_window=320, val_every=0,
         num_steps=200, cooldown_steps=110, momentum_warmup_steps=100),
     "tiny": dict(
@@ -129,8 +129,8 @@ TRACKS = {
         train_files="data/tiny/train_*.bin", val_files="data/tiny/val_*.bin",
         train_sha256="8c50fa9a10abf3fef5d6cd34ceedb667a62d72251aba450c66b02e151bbedac6",
         val_sha256="709ddb7c9af041164ff67d6e516132236f9070f4f3d20eb9f4b26582240e3e11",
-        second_files="data/tiny/second/*.bin", seq_len=128, document_tokens=0, num_layers=2,
-        num_heads=4, head_dim=32, windows="L", mixing="off", value_tables=0,
+        second_files="data/tiny/second/*.bin", seq_len=128, document_tokens=0,
+        num_layers=2, num_heads=4, head_dim=32, windows="L", mixing="off", value_tables=0,
         attention_scale=0.24, ngram_rows=65_536, ngram_max=6, ngram_dim=0, tokens_ahead=1,
         batch_tokens=1024, lr=0.003, embed_lr_ratio=30.0, matrix_weight_decay=0.0,
         stages="1:0", val_window=0, val_every=0, num_steps=330, cooldown_steps=250,
@@ -219,9 +219,8 @@ def watch(hosts: list[str]) -> None:
                 if not store.check([f"alive {r}"])]
 
     time.sleep(1)  # a run that is over ends by itself
-    hint = "did one die, hang or pass --collective_timeout?"
-    text = f"rank {rank} of {size}: lost {', '.join(lost) or 'no rank'}; {hint}"
-    print(text, file=sys.stderr, flush=True)
+    print(f"rank {rank} of {size}: lost {', '.join(lost) or 'no rank'}; did one die, hang or "
+          "pass --collective_timeout?", file=sys.stderr, flush=True)
     os._exit(1)
 
 def log(run, text: str, console: bool = True) -> None:
@@ -262,10 +261,9 @@ def open_shard(path: str, vocab_size: int) -> np.ndarray:
 
 class Rows:
     # Rows of seq_len tokens and the one after; no row spans two shards. Shards beyond the
-    # first `max_rows` rows are left out, so that it does not matter how many are there. With
-    # `cut`, a row begins with a document, and has no more than so many tokens of each.
-    def __init__(self, option: str, pattern: str, c: Config, max_rows: int,
-                 cut: int | None = None):
+    # first `max_rows` rows are left out, so that it does not matter how many are there.
+    # With `cut`, a row begins with a document, and has at most so many tokens of each.
+    def __init__(self, option: str, pattern: str, c: Config, max_rows: int, cut=None):
         self.seq_len, self.cut, self.count, self.documents = c.seq_len, cut, 0, 1
         self.shards, self.firsts, digest = [], [], hashlib.sha256()
         for path in sorted(glob.glob(pattern)):
@@ -308,7 +306,7 @@ def training_order(count: int, seed: int, positions: range) -> list[int]:
     return [permutation((seed << 20) + i // count, count)[i % count] for i in positions]
 
 def load_batches(rows: Rows, starts: list[int], seed: int, device, first_step: int = 0):
-    # The distributed loader: yields the tokens of this rank, int64 (B, T + 1), step by step.
+    # The distributed loader: yields this rank's tokens of each step, int64 (B, T + 1).
     for step in range(first_step, len(starts) - 1):
         share = (starts[step + 1] - starts[step]) // ranks()[1]
         first = starts[step] + ranks()[0] * share
@@ -318,8 +316,8 @@ def load_batches(rows: Rows, starts: list[int], seed: int, device, first_step: i
         yield tokens.to(device, non_blocking=True).to(torch.int64)
 
 # ==== 4. Model ====================================================================
-# Shape suffixes: B rows of a batch, T tokens of a row, D model_dim, H num_heads, K head_dim,
-# V padded vocabulary; k matrices of m x n.
+# Shape suffixes: B rows of a batch, T tokens of a row, N of a batch, D model_dim,
+# H num_heads, K head_dim, V padded vocabulary; k matrices of m x n.
 
 def norm(x: torch.Tensor) -> torch.Tensor:
     # RMSNorm without parameters (Zhang and Sennrich 2019, arXiv:1910.07467).
@@ -458,14 +456,14 @@ class GPT(nn.Module):
             nn.init.normal_(p, 0.0, fits[0], generator)
         return self
     def seen(self, tokens_BT, window: int):
-        # A token sees its document up to itself, `window` tokens back at most (0: all). Returns
-        # for varlen_attn the bounds of the documents in the flattened rows, their greatest
-        # length and the window, otherwise a mask (T, T) or (B, 1, T, T).
+        # What a token sees: its document, `window` tokens back at most (0: all). For
+        # varlen_attn: bounds of the documents in the flattened rows, their greatest length
+        # and the window; otherwise a mask (T, T) or (B, 1, T, T).
         c, size = self.config, tokens_BT.size(1)
         first_BT = tokens_BT == (c.vocab_size - 1 if c.document_tokens else -1)
         first_BT[:, 0] = True
         if self.varlen:
-            # No shape depends on how many documents there are: the last of them are empty.
+            # The last documents are empty, so that no shape depends on their number.
             place = torch.arange(first_BT.numel(), device=first_BT.device)
             starts = place.where(first_BT.flatten(), len(place)).sort().values
             bounds = F.pad(starts[:self.most_documents], (0, 1), value=len(place)).int()
@@ -501,8 +499,8 @@ class GPT(nn.Module):
         cap = self.config.logit_softcap
         return cap * torch.tanh(self.lm_head(norm(x_BTD)).float() / cap)
     def losses(self, x_BTD, targets_BT, ahead=None):
-        # Cross-entropy of each token. ahead: the weights of the next token, and of those after it
-        # (multi-token prediction, Gloeckle et al. 2024, arXiv:2404.19737, with one lm_head).
+        # Cross-entropy of each token. ahead: the weights of the next and of later tokens
+        # (multi-token prediction, Gloeckle et al. 2024, arXiv:2404.19737; one lm_head).
         logits_NV = self.logits(x_BTD).flatten(0, 1)
         if self.config.tokens_ahead == 1:
             return F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="none")
@@ -548,10 +546,9 @@ class Muon(torch.optim.Optimizer):
     SETTINGS = dict(
         lr=0.02, momentum=0.95, weight_decay=0.0, parts=1, update_scale="sqrt_ratio",
         nesterov=True,  # False: u is of v alone
-        # True: W decays by lr^2 weight_decay, where u makes it smaller (arXiv:2510.12402).
-        cautious=False,
-        # NorMuon (Li et al. 2025, arXiv:2510.05491): divides each row of u (if m < n, unlike the
-        # paper, each column) by its running RMS, and keeps the norm of u. 0: off.
+        cautious=False,  # True: decays by lr^2, where u shrinks W, too (arXiv:2510.12402)
+        # NorMuon (Li et al. 2025, arXiv:2510.05491): divides each row of u (if m < n, unlike
+        # the paper, each column) by its running RMS, and keeps the norm of u. 0: off.
         beta2=0.0, ns_steps=5, ns_dtype=None)
     orthogonalize = staticmethod(orthogonalize)  # set_up may compile it
     def __init__(self, params, **settings):
@@ -671,8 +668,7 @@ def make_muon(groups: list, c: Config, **settings) -> Muon:
     return Muon(groups, momentum=c.momentum, beta2=c.normuon_beta2, nesterov=c.nesterov == "on",
                 ns_dtype=getattr(torch, c.dtype), **settings)
 
-# OrthogonalNesterov's momentum, v <- mu v + g, is the same but for a factor, which
-# orthogonalize removes.
+# OrthogonalNesterov's v <- mu v + g is the same but for a factor, which has no effect.
 OPTIMIZERS = dict(
     row_adam=lambda groups, c: RowAdam(groups, lr=c.lr),
     adamw=lambda groups, c: torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True),
@@ -680,8 +676,8 @@ OPTIMIZERS = dict(
     orthogonal_nesterov=lambda groups, c: make_muon(groups, c, update_scale="none"))
 
 def parameter_table(c: Config) -> list[tuple]:
-    # Rows of pattern, optimizer, learning rate, weight decay and parts; the first whose pattern
-    # fits the name of a parameter has it. OrthogonalNesterov took QKV as one matrix.
+    # Rows of pattern, optimizer, learning rate, weight decay and parts; the first whose
+    # pattern fits the name of a parameter has it. OrthogonalNesterov took QKV as one matrix.
     matrix, decay = c.matrix_optimizer, c.matrix_weight_decay
     ratios = dict(muon=UPDATE_SCALES[c.update_scale][1], orthogonal_nesterov=10.0)
     matrix_lr = c.lr * (c.matrix_lr_ratio or ratios.get(matrix, 1.0))
@@ -712,20 +708,21 @@ def make_optimizers(model: GPT, c: Config) -> tuple[dict, str]:
 
 # ==== 6. Schedules: functions of the step, 0 for the first ========================
 def stage(c: Config, step: int) -> tuple[int, int]:
-    # Of this step: the factor of batch_tokens, and the window of the long layers.
+    # The factor of batch_tokens and the window of this step.
     stages = c.stages.split()
     factor, window = stages[step * len(stages) // c.num_steps].split(":")
     return int(factor), int(window)
 
 def ahead_weights(c: Config, step: int) -> list[float]:
-    # 1 for the next token, half as much for each one further ahead. They go to 0 one after the
-    # other, the furthest first, each over an equal share of the steps.
+    # 1 for the next token, half as much for each one further ahead. They go to 0 one after
+    # the other, the furthest first, each over an equal share of the steps.
     shares = c.tokens_ahead * (1 - step / c.num_steps)  # that are left
-    return [1.0] + [0.5 ** k * min(1.0, max(0.0, shares - k)) for k in range(1, c.tokens_ahead)]
+    later = range(1, c.tokens_ahead)
+    return [1.0] + [0.5 ** k * min(1.0, max(0.0, shares - k)) for k in later]
 
 def lr_multiplier(c: Config, step: int) -> float:
-    # Linear warm-up, constant, linear cool-down (Hagele et al. 2024, arXiv:2405.18392), times
-    # the root of the batch (Malladi et al. 2022, arXiv:2205.10287).
+    # Linear warm-up, constant, linear cool-down (Hagele et al. 2024, arXiv:2405.18392),
+    # times the root of the batch (Malladi et al. 2022, arXiv:2205.10287).
     warmup = (step + 1) / max(1, c.warmup_steps)
     left = (c.num_steps - step) / max(1, min(c.cooldown_steps, c.num_steps))
     return min(1.0, warmup, left) * stage(c, step)[0] ** 0.5
@@ -747,8 +744,8 @@ def set_schedules(optimizers: dict, c: Config, step: int) -> None:
                 group["momentum"] = muon_momentum(c, step)
 
 def micro_batch_rows(c: Config, share: int, device: torch.device) -> int:
-    # How many of a rank's share of rows run at once. --micro_batch 0: 4,096 tokens on a CPU, for
-    # its caches; 16,384 on a GPU, which keep it busy and of small need 12 GiB.
+    # How many of a rank's share of rows run at once. --micro_batch 0: 4,096 tokens on a
+    # CPU, for its caches; 16,384 on a GPU, which keep it busy and of small need 12 GiB.
     most = c.micro_batch or max(1, dict(cpu=4096).get(device.type, 16_384) // c.seq_len)
     return max(n for n in range(1, share + 1) if share % n == 0 and n <= most)
 
@@ -838,7 +835,7 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
     run.model = run.ddp = GPT(c).initialize().to(device)
     run.attention = choose_attention(c, device)
     run.model.varlen = run.attention == "torch varlen_attn"
-    texts = [run.train_rows, run.val_rows, *([run.second] * bool(run.second))]
+    texts = run.train_rows, run.val_rows, run.second or run.val_rows
     run.model.most_documents = run.micro_batch * max(text.documents for text in texts)
     run.optimizers, run.table = make_optimizers(run.model, c)
     run.state = State(model=run.model, **run.optimizers)
@@ -954,8 +951,6 @@ def summarize(run, val_loss: float) -> None:
     looked_up = sum(sizes[name] for name in sizes if "embed" in name or "table" in name)
     second = run.second and evaluate(run, run.second, range(run.second.count)[:2048])
     late = sum(gather(torch._dynamo.utils.counters["stats"]["unique_graphs"]))
-    if late:
-        log(run, f"error: {late} graphs compiled in training: a shape that priming lacks")
     log(run, f"""run_id: {c.run_id}
 val_loss: {val_loss:.6f}
 target: {c.target}

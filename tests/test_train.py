@@ -162,7 +162,7 @@ def test_compiled_equals_eager(text, tmp_path):
         result = run("tiny", *SMALL, *text, *size, *options)
         assert result.returncode == 0, result.stderr
         late = int(re.search(r"^late_compilations: (\d+)$", result.stdout, re.M)[1])
-        assert (late > 0) == (name == "late") == (f"error: {late} graphs compiled in training" in result.stdout)
+        assert (late > 0) == (name == "late")
     assert largest_difference(losses(tmp_path / "on"), losses(tmp_path / "off")) < 1e-3
 
 
