@@ -36,7 +36,8 @@ from shards import ShardWriter  # noqa: E402
 
 import train_gpt  # noqa: E402
 
-OTHERS = ["--compile", "off", "--num_layers", "1", "--value_tables", "0"]     # of the ranks beyond the first, whose record nobody reads
+# Of the ranks beyond the first, whose record nobody reads.
+OTHERS = ["--compile", "off", "--num_layers", "1", "--value_tables", "0"]
 
 
 def real(function):
