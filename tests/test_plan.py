@@ -18,7 +18,8 @@ GPU = plan.Gpu(peak=100e12, bandwidth=1e12, memory=80e9, bus=100e9, fraction=0.5
 # Two rows of 1,024 tokens at once on each of 8 GPUs; the two stages have 2 and 3 steps of 1 and 3 times 16 rows.
 CONFIG = train_gpt.make_config(dict(
     track="small", dtype="bfloat16", seq_len=1024, batch_tokens=16 * 1024, val_tokens=1024, document_tokens=0,
-    ngram_dim=0, num_steps=5, stages="1:384 3:1408", num_heads=1, head_dim=100, vocab_size=6400, value_tables=1, num_layers=2))
+    ngram_dim=0, num_steps=5, stages="1:384 3:1408", num_heads=1, head_dim=100, vocab_size=6400, value_tables=1,
+    num_layers=2))
 WORK = {"aten.mm.default 1000x768 768x768": [10, 5e12, 1e9],      # 0.1 s by its operations
         "aten.mm.out 1000x768 6400x768": [1, 5e12, 1e9],
         "torch_attn._varlen_attn.default 2048 384": [2, 1e12, 1e9],
