@@ -778,11 +778,16 @@ def set_schedules(optimizers: dict, c: Config, step: int) -> None:
 
 def planned_bytes(c: Config, rows: int, compiled: bool) -> float:
     # A step's memory with so many rows at once, as the fake GPU of the tests measures it.
-    layer, logits = (18, 1.1) if compiled else (24, 8)  # values that a token keeps
+    layer, logits = (18.5, 1.2) if compiled else (26, 12)  # values that a token keeps
     matrices = 12 * c.num_layers * c.model_dim ** 2
+    embeddings = (2 + c.value_tables) * c.padded_vocab_size * c.model_dim
     values = layer * c.num_layers * c.model_dim + logits * c.padded_vocab_size
     size = getattr(torch, c.dtype).itemsize * values * rows * c.seq_len
-    return size + 16 * (matrices + 2 * c.padded_vocab_size * c.model_dim)
+    # Of the n-grams: weights and squares, each token's sum and gradient, and RowAdam's step.
+    tokens = c.seq_len * max(batch_rows(c, step) for step in range(c.num_steps))
+    channels, grams = bool(c.ngram_rows) * (c.ngram_dim or c.model_dim), c.ngram_max - 1
+    kept = 8 * channels * (grams * c.ngram_rows + tokens)
+    return max(size, 20 * channels * grams * tokens) + kept + 16 * (matrices + embeddings)
 
 def micro_batch_rows(c: Config, share: int, memory: float, compiled: bool) -> int:
     # How many of a rank's share of rows run at once. --micro_batch 0: on a CPU (memory 0)

@@ -126,6 +126,7 @@ class Recorder(FakeTensorMode):
 
         results = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
         for x in results:
+            x.constant = None     # torch would copy a tensor of one number, whose number it knows, to a real GPU
             if x.device.type == "cuda":
                 self.track(x)
         moved = {x.device.type for x in inputs + results} == {"cpu", "cuda"}
