@@ -13,10 +13,11 @@ from fake_gpu import device
 import train_gpt
 
 pytestmark = pytest.mark.skipif(bool(device.missing()), reason=device.missing())
-STEPS = 3     # one of each stage
+STEPS = 3
 SMALL = ["small", "--num_steps", str(STEPS), "--val_tokens", "65536", "--val_every", "2", "--save_every", "2",
          "--prime_steps", "1"]
-FEW = ["--num_layers", "3", "--windows", "SL", "--value_tables", "1"]     # with and without values, short and long
+# Quick to compile: layers with and without values, short and long; the first and the last stage.
+FEW = ["--num_layers", "3", "--windows", "SL", "--value_tables", "1", "--stages", "1:384 3:1408"]
 ONE = ["--num_layers", "1", "--windows", "L", "--value_tables", "0", "--stages", "1:384"]
 FAULTS = ("item_in_the_step", "float32_logits", "shape_that_recompiles", "kernel_that_spills",
           "operation_without_cuda_kernel", "collective_of_twice_the_bytes")
@@ -65,7 +66,7 @@ def check_memory(name: str, log: str, report: dict) -> None:
 
 
 @pytest.mark.parametrize("name", CLEAN)
-def test_a_run_of_every_stage_has_no_problem(reports, name):
+def test_a_run_of_two_stages_has_no_problem(reports, name):
     """No operation without a CUDA kernel, wait for the GPU in a step, late compilation, spill or fp32 logits."""
     check_run(*reports[name])
 
@@ -73,7 +74,7 @@ def test_a_run_of_every_stage_has_no_problem(reports, name):
 @pytest.mark.slow
 @pytest.mark.upstream
 @pytest.mark.parametrize("name", WHOLE)
-def test_the_whole_model(name):
+def test_every_layer_and_stage(name):
     log, report = start(name)
     check_run(log, report)
     check_memory(name, log, report)
