@@ -58,7 +58,7 @@ except train_gpt.RunError as error:
 plan = dict(chosen=chosen, train_files=c.train_files, val_files=c.val_files, log_dir=c.log_dir,
             prepare="" if saved or "train_files" in given else c.prepare,
             run=c.run_id and os.path.join(c.log_dir, c.run_id),
-            processes=len(gpus) if gpus and c.batch_tokens >= 4096 * len(gpus) else 1)  # fewer leave GPUs idle
+            processes=len(gpus) if gpus and train_gpt.batch_rows(c, 0) * c.seq_len >= 4096 * len(gpus) else 1)  # fewer leave GPUs idle
 print(*(f"{name}={shlex.quote(str(value))}" for name, value in plan.items()))' "$@")
 eval "$plan"
 

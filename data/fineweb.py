@@ -74,7 +74,9 @@ def main():
         sys.path.insert(0, str(Path(__file__).parent.parent))
         import train_gpt
         c = train_gpt.make_config(dict(track="small"))
-        args.num_shards = -(-c.num_steps * c.batch_tokens // 10**8)     # of 100M tokens each
+        tokens = c.seq_len * sum(train_gpt.batch_rows(c, step) for step in range(c.num_steps))
+        kept = 7 * 10**7 if c.document_tokens else 10**8    # at least, of a shard's 100M: long documents are cut
+        args.num_shards = -(-tokens // kept)
     folder = args.data_dir or Path(__file__).parent / f"{args.dataset}10B"
     names = [f"{args.dataset}_train_{i:06d}.bin" for i in range(1, args.num_shards + 1)]
     missing = [name for name in [f"{args.dataset}_val_000000.bin", *names] if not is_good(folder / name)]

@@ -187,7 +187,7 @@ def test_warnings_that_do_not_void(tmp_path):
     result = compare.compare(a, b, "final_loss")
     assert result.decision == "faster"
     assert [text.split(":")[0] for text in result.warnings] == [
-        "versions differ", "batch_tokens differ, so equal steps are not equal tokens",
+        "versions differ", "batch_tokens or stages differ, so equal steps are not equal tokens",
         "runs of the same setting lie beside these, not counted"]
     assert result.warnings[-1].endswith("not counted: unlucky")
 

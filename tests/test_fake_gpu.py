@@ -6,6 +6,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import plan
 import pytest
 from conftest import ROOT
 from fake_gpu import device
@@ -16,18 +17,22 @@ pytestmark = pytest.mark.skipif(bool(device.missing()), reason=device.missing())
 STEPS = 3
 SMALL = ["small", "--num_steps", str(STEPS), "--val_tokens", "65536", "--val_every", "2", "--save_every", "2",
          "--prime_steps", "1"]
+# Quick to compile: layers with and without values, short and long; the first and the last stage.
+FEW = ["--num_layers", "3", "--windows", "SL", "--value_tables", "1", "--stages", "1:384 3:1408"]
+ONE = ["--num_layers", "1", "--windows", "L", "--value_tables", "0", "--stages", "1:384"]
 FAULTS = ("item_in_the_step", "float32_logits", "shape_that_recompiles", "kernel_that_spills",
           "operation_without_cuda_kernel", "collective_of_twice_the_bytes")
 RUNS = {     # the longest first
-    "8 x H100": ["--capability", "9.0", "--ranks", "8", *SMALL],
-    "faults": ["--ranks", "2", *(f"--fault={name}" for name in FAULTS), *SMALL, "--batch_tokens", "65536"],
-    "A100": ["--capability", "8.0", *SMALL, "--batch_tokens", "65536", "--ngram_rows", "4096", "--ngram_max", "2"],
-    "cpu tensor": ["--fault", "cpu_tensor_in_the_forward", *SMALL, "--compile", "off", "--num_layers", "1"]}
+    "8 x H100": ["--capability", "9.0", "--ranks", "8", *SMALL, *FEW],
+    "A100": ["--capability", "8.0", *SMALL, *FEW],
+    "faults": ["--ranks", "2", *(f"--fault={name}" for name in FAULTS), *SMALL, *ONE, "--batch_tokens", "65536"],
+    "cpu tensor": ["--fault", "cpu_tensor_in_the_forward", *SMALL, *ONE, "--compile", "off"]}
 CLEAN = ["A100", "8 x H100"]
+WHOLE = {"8 x A100": ["--capability", "8.0", "--ranks", "8", *SMALL], "H100": ["--capability", "9.0", *SMALL]}
 
 
 def start(name: str) -> tuple[str, dict]:
-    command = [sys.executable, ROOT / "tests/fake_gpu/run.py", *RUNS[name]]
+    command = [sys.executable, ROOT / "tests/fake_gpu/run.py", *(RUNS | WHOLE)[name]]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode in (0, 1), result.stderr[-3000:]
     log, _, report = result.stdout.strip().rpartition("\n")
@@ -41,20 +46,38 @@ def reports() -> dict[str, tuple[str, dict]]:
         return dict(zip(RUNS, pool.map(start, RUNS), strict=True))
 
 
-def reduced(report: dict) -> int:
-    """Bytes that the run reduced, over all steps."""
-    return sum(size for _, size in report["collectives"].values())
+def config_of(name: str) -> train_gpt.Config:
+    given = train_gpt.parse_command_line((RUNS | WHOLE)[name][(RUNS | WHOLE)[name].index("small"):])
+    return train_gpt.make_config(given | dict(dtype="bfloat16"))
+
+
+def check_run(log: str, report: dict) -> None:
+    assert report["problems"] == []
+    assert report["kernels"], "nothing was compiled"
+    for line in ("kernels: attention torch varlen_attn; bfloat16; torch.compile True",
+                 "late_compilations: 0", "checkpoint: .* at step 2/3", "step:3/3 val_loss:.*"):
+        assert re.search(f"^{line}$", log, re.MULTILINE), line
+
+
+def check_memory(name: str, log: str, report: dict) -> None:
+    """Of the plan: all that a step takes, and little more; it fits a card of 24 GB."""
+    assert int(re.search("^data: .* rows a step, (.*) at once", log, re.MULTILINE)[1]) == 2
+    assert 0.85 < report["peak"] / plan.planned_bytes(config_of(name), 2) < 1.1 and report["peak"] < 20e9
 
 
 @pytest.mark.parametrize("name", CLEAN)
-def test_a_whole_run_has_no_problem(reports, name):
+def test_a_run_of_two_stages_has_no_problem(reports, name):
     """No operation without a CUDA kernel, wait for the GPU in a step, late compilation, spill or fp32 logits."""
-    log, report = reports[name]
-    assert report["problems"] == []
-    assert report["kernels"], "nothing was compiled"
-    for line in ("kernels: attention torch SDPA, flash; bfloat16; torch.compile True", "late_compilations: 0",
-                 "checkpoint: .* at step 2/3", "step:3/3 val_loss:.*"):
-        assert re.search(f"^{line}$", log, re.MULTILINE), line
+    check_run(*reports[name])
+
+
+@pytest.mark.slow
+@pytest.mark.upstream
+@pytest.mark.parametrize("name", WHOLE)
+def test_every_layer_and_stage(name):
+    log, report = start(name)
+    check_run(log, report)
+    check_memory(name, log, report)
 
 
 @pytest.mark.parametrize("name", CLEAN)
@@ -68,25 +91,41 @@ def test_what_waits_for_the_gpu(reports, name):
 @pytest.mark.upstream
 @pytest.mark.parametrize("name", CLEAN)
 def test_the_planned_memory(reports, name):
-    """That from which --micro_batch 0 follows: all that a step takes, and little more."""
-    log, report = reports[name]
-    rows = int(re.search("^data: .* rows a step, (.*) at once", log, re.MULTILINE)[1])
-    c = train_gpt.make_config(dict(track="small", dtype="bfloat16"))
-    assert rows == 64
-    assert 0.85 < report["peak"] / train_gpt.planned_bytes(c, rows, compiled=True) < 1.03
+    check_memory(name, *reports[name])
 
 
 @pytest.mark.upstream
 def test_collectives(reports):
-    """A step reduces DDP's buckets and one tensor for each shape of Muon's matrices."""
-    model = train_gpt.GPT(train_gpt.make_config(dict(track="small")))
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    matrices = sum(size for name, size in sizes.items() if name.startswith("blocks."))
-    # Buckets of 25 MiB or of one larger gradient, and a tensor for each of four shapes.
-    assert reports["8 x H100"][1]["collectives"] == {
-        "c10d::allreduce_ float32": [STEPS * 14, STEPS * 4 * sum(sizes.values())],
-        "c10d::allreduce_ bfloat16": [STEPS * 4, STEPS * 2 * matrices]}
-    assert reports["A100"][1]["collectives"] == {}
+    """A step reduces all gradients but the n-grams', of which it gathers every token's, and one tensor for each shape
+    of Muon's matrices."""
+    c = config_of("8 x H100")
+    sizes = {name: p.numel() for name, p in train_gpt.GPT(c).named_parameters() if p.requires_grad}
+    matrices = sum(size for name, size in sizes.items() if re.search(r"blocks.*(qkv|proj|up)", name))
+    for step, record in enumerate(reports["8 x H100"][1]["steps"]):
+        tokens = train_gpt.batch_rows(c, step) * c.seq_len
+        _, size = record["collectives"].pop("c10d::allreduce_ float32")
+        assert size == 4 * sum(sizes.values())     # in buckets of 25 MiB or of one larger gradient
+        assert record["collectives"] == {
+            "c10d::allreduce_ bfloat16": [4, 2 * matrices],
+            "c10d::_allgather_base_ int64": [1, 8 * tokens * (c.ngram_max - 1)],
+            "c10d::_allgather_base_ float32": [1, 4 * tokens * c.ngram_dim]}
+    assert all(record["collectives"] == {} for record in reports["A100"][1]["steps"])
+
+
+def test_attention_by_hand(reports):
+    """One layer's windows of a step, and its operations: each token sees at most the window and itself, in documents
+    of the longest length."""
+    c = config_of("A100")
+    for step, record in enumerate(reports["A100"][1]["steps"]):
+        found = {kernel: work for kernel, work in record["work"].items() if kernel.startswith("torch_attn")}
+        window = train_gpt.stage(c, step)[1]
+        for w, layers in ((window // 2, 2), (window, 1)):     # of windows SL
+            pairs = sum(min(i, w) + 1 for i in range(c.document_tokens)) / c.document_tokens
+            operations = layers * train_gpt.batch_rows(c, step) * c.seq_len * pairs * c.model_dim
+            for name, factor in (("", 4), ("_backward", 10)):
+                work = found.pop(f"torch_attn._varlen_attn{name}.default {c.document_tokens} {w}")
+                assert work[1] == pytest.approx(factor * operations)
+        assert found == {}
 
 
 @pytest.mark.parametrize("fault, message", {
@@ -100,7 +139,11 @@ def test_planted_faults(reports, fault, message):
 
 
 def test_planted_collective_of_twice_the_bytes(reports):
-    assert reduced(reports["faults"][1]) > reduced(reports["8 x H100"][1])
+    """Muon's, in float32, which DDP's are."""
+    for record in reports["faults"][1]["steps"]:
+        assert "c10d::allreduce_ bfloat16" not in record["collectives"]
+    for record in reports["8 x H100"][1]["steps"]:
+        assert "c10d::allreduce_ bfloat16" in record["collectives"]
 
 
 def test_planted_cpu_tensor(reports):

@@ -80,7 +80,7 @@ def steps(track: str, launched: str) -> list[str]:
         "data/shards.py verify t  t v", TORCHRUN + "8 train_gpt.py --resume logs/new", "tools/plot.py logs/new"]),
     ("tiny", dict(FAILS="verify"), 1, [*steps("tiny", "")[:2], "bad: y"]),
     ("tiny", dict(FAILS="train_gpt"), 3, steps("tiny", "train_gpt.py tiny")[:-1]),
-    ("large", {}, 1, ["error: track large: give small or tiny or mine"]),
+    ("large", {}, 1, ["error: track large: give small or lab or tiny or mine"]),
     ("tiny --help", {}, 0, ["train_gpt.py --help"]),
     ("tiny", dict(PYTHON="false"), 1, ["run.sh: PYTHON=false has no torch 2.11 or newer; name another, or none"]),
     pytest.param("", dict(GPUS="8", BYTES="16e9"), 0, steps("tiny", "train_gpt.py tiny"), marks=pytest.mark.slow),

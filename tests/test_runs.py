@@ -13,6 +13,8 @@ import pytest
 import runs
 from conftest import ROOT
 
+import train_gpt
+
 CONFIG = dict(track="tiny", train_files="data/train_*.bin", val_tokens=2048, target=3.28, batch_tokens=512, lr=0.002,
               num_steps=20, seed=0, log_dir="logs", run_id="")
 
@@ -219,3 +221,14 @@ def test_an_edited_record_is_refused(record, change):
         (record / "runs.json").write_text(json.dumps(kept))
     with pytest.raises(runs.LogError, match=words):
         runs.read_record(record)
+
+
+def test_tokens_of_stages():
+    """Those of batch_rows, in the trainer; a log without stages has one."""
+    c = train_gpt.make_config(dict(track="tiny", num_steps=8, batch_tokens=256, stages="1:32 2:64 4:0"))
+    expected = 0
+    for step in range(c.num_steps):
+        assert runs.tokens_until(vars(c), step) == expected
+        expected += train_gpt.batch_rows(c, step) * c.seq_len
+    assert runs.tokens_until(vars(c), c.num_steps) == expected
+    assert runs.tokens_until(dict(num_steps=8, batch_tokens=512), 3) == 1536

@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import numpy as np
-from runs import THEN, LogError, Run, changed, find_runs, printable, setting
+from runs import THEN, LogError, Run, batch_factors, changed, find_runs, printable, setting
 from scipy import stats
 
 METRICS = ("time_to_target", "final_loss", "loss_at_time")
@@ -179,8 +179,9 @@ def check(variants: dict[str, list[Run]], metric: str) -> tuple[list[str], list[
             warnings.append(f"{what} differ: {' | '.join(values)}")
     if resumed := [run for run in runs if run.resumed]:
         warnings.append(f"resumed, so primed more than once: {names(resumed)}")
-    if metric == "final_loss" and len({run.config.get("batch_tokens") for run in runs}) > 1:
-        warnings.append("batch_tokens differ, so equal steps are not equal tokens")
+    batches = {(run.config.get("batch_tokens"), *batch_factors(run.config)) for run in runs}
+    if metric == "final_loss" and len(batches) > 1:
+        warnings.append("batch_tokens or stages differ, so equal steps are not equal tokens")
     if unknown:
         warnings.append(f"not in the logs, so not checked: {', '.join(unknown)}")
     return voids, warnings

@@ -22,7 +22,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from PIL import Image
-from runs import LogError, Run, changed, find_runs, group, printable, setting
+from runs import LogError, Run, changed, find_runs, group, printable, setting, tokens_until
 
 AXES = dict(steps="steps", tokens="tokens", seconds="seconds of training")
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")     # colour-blind safe: Okabe and Ito, 2008
@@ -45,7 +45,7 @@ class Variant:
 
 def curve(run: Run, kind: str) -> np.ndarray:
     """Returns rows of steps, tokens, seconds and losses, without nan and inf; "train" losses are smoothed."""
-    columns = [(step, step * run.config["batch_tokens"], *point) for step, point in sorted(run.losses[kind].items())]
+    columns = [(step, tokens_until(run.config, step), *point) for step, point in sorted(run.losses[kind].items())]
     rows = np.array(columns, dtype=float).reshape(-1, 4).T
     rows = rows[:, np.isfinite(rows[3])]
     if kind == "train":

@@ -4,8 +4,9 @@
     ./run.sh small --preflight              # prepares the data, then runs this
     python tools/preflight.py --processes 8 small [--field value ...]     # the data are there
 
-It measures matrix products, memory and the all-reduce of all GPUs, then trains 20 steps of at most 65,536 tokens a
-process. Most of its time, about two minutes, goes into compilation. Exit status: 1 where a run would fail.
+It measures matrix products, memory and the all-reduce of all GPUs, then trains 20 steps of the last stage, of at most
+65,536 tokens a process. Most of its time, about two minutes, goes into compilation. Exit status: 1 where a run would
+fail.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
-from plan import BANDWIDTH_FRACTION, GPUS, Gpu, missing, project, trace
+from plan import BANDWIDTH_FRACTION, GPUS, Gpu, missing, project, tokens_of, trace
 from runs import ROOT, LogError, Run, read_log
 
 import train_gpt
@@ -118,8 +119,9 @@ def advise(run: Run, machine: Machine, gpu: Gpu | None, plan: dict | None, secon
     if gpu is None:
         return found
     kernels = [line for line in run.path.read_text().splitlines() if line.startswith("kernels: ")][-1]
-    if "torch SDPA, math" in kernels:
-        found.append("attention: no fused kernel works here; a torch with CUDA 12 or newer, and bfloat16, have some")
+    if "torch SDPA" in kernels:
+        found.append("attention: FlashAttention over documents does not work here, so masks are in its place; it needs "
+                     "bfloat16 and a torch with CUDA 12 or newer")
     if "torch.compile False" in kernels:
         found.append("compilation is off: leave out --compile off")
     planned = gpu.peak * gpu.fraction
@@ -164,8 +166,9 @@ def main() -> None:
         c = train_gpt.make_config(train_gpt.parse_command_line(arguments))
     except train_gpt.RunError as error:
         sys.exit(f"preflight.py: {error}")
-    rows = min(train_gpt.batch_rows(c, 0), processes * max(1, TOKENS // c.seq_len))
-    short = dict(num_steps=STEPS, batch_tokens=rows * c.seq_len, val_every=0, save_every=0)
+    rows = min(train_gpt.batch_rows(c, c.num_steps - 1), processes * max(1, TOKENS // c.seq_len))
+    window = train_gpt.stage(c, c.num_steps - 1)[1]
+    short = dict(num_steps=STEPS, batch_tokens=rows * c.seq_len, stages=f"1:{window}", val_every=0, save_every=0)
     own = dict(val_tokens=min(c.val_tokens, 16 * c.seq_len), log_dir="logs/preflight",
                run_id=f"{c.track}_{time.strftime('%Y%m%d-%H%M%S')}")
 
@@ -190,9 +193,10 @@ def main() -> None:
     print(f"\npreflight: {run.hardware}; {STEPS} steps of {short['batch_tokens']:,} tokens"
           + (f"\nno plan: {why}" if why else ""))
     show(run, machine, gpu, plan, seconds)
-    whole = seconds * c.batch_tokens / short["batch_tokens"] * c.num_steps
-    print(f"projected from these steps: {whole / 60:.1f} minutes for {c.num_steps:,} steps of {c.batch_tokens:,} "
-          f"tokens, after {run.summary['compile_seconds']:.0f} s of compilation")
+    tokens = tokens_of(c)
+    print(f"projected from these steps: {seconds * tokens / short['batch_tokens'] / 60:.1f} minutes for "
+          f"{c.num_steps:,} steps of {tokens / c.num_steps:,.0f} tokens, after {run.summary['compile_seconds']:.0f} s "
+          "of compilation")
     for line in advise(run, machine, gpu, plan, seconds) or ["nothing is slower or larger than it should be"]:
         print(f"- {line}")
 

@@ -166,9 +166,25 @@ def checked_config(config: dict) -> dict:
         value = config[name]
         if type(value) is not int or not 0 <= value <= most:
             raise ValueError(f"{name} {str(value)[:40]}: must be a whole number of at most {most:,}")
+    if not re.fullmatch(r"\d{1,9}:\d{1,9}( +\d{1,9}:\d{1,9})*", config.get("stages", "1:0")):
+        raise ValueError(f"stages {config['stages'][:40]!r}: must be factor:window of each")
     if not abs(config["target"]) < LARGEST_LOSS:
         raise ValueError(f"target {config['target']}: must be a loss below {LARGEST_LOSS:g}")
     return config
+
+
+def batch_factors(config: dict) -> list[int]:
+    """Of batch_tokens, for equal shares of the steps; logs before 2026-11-28 have one."""
+    return [int(stage.partition(":")[0]) for stage in config.get("stages", "1:0").split()]
+
+
+def tokens_until(config: dict, step: int) -> int:
+    """Tokens that so many steps take."""
+    factors, total = batch_factors(config), 0
+    for i, factor in enumerate(factors):
+        first, end = (-(-k * config["num_steps"] // len(factors)) for k in (i, i + 1))
+        total += factor * max(0, min(step, end) - first)
+    return config["batch_tokens"] * total
 
 
 def fact(pattern: str, text: str) -> str | None:

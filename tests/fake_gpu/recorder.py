@@ -22,6 +22,22 @@ NUMBERS = {torch.bool: True, torch.float32: 0.5, torch.float64: 0.5, torch.bfloa
 FREE = ("prim.", "profiler.", "aten.empty", "aten.new_empty", "aten._unsafe_view", "aten.detach", "aten._reshape_alias")
 ROWS = {torch.ops.aten.embedding, torch.ops.aten.index_select, torch.ops.aten.index_copy_}     # a few of a table's
 COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
+ATTENTION = {"torch_attn::_varlen_attn": 4, "torch_attn::_varlen_attn_backward": 10}     # operations of a key's channel
+
+
+def attention_over_documents(function, args: tuple, kwargs: dict) -> tuple[str, float]:
+    """(its name with the longest document and the window, operations).
+
+    A token sees itself and up to `window` tokens before it. The operations are an upper bound: those of documents that
+    all have the longest's length. (torch's own count is that of every pair of so many tokens, in each document.)
+    """
+    given = dict(zip([argument.name for argument in function._schema.arguments], args, strict=False)) | kwargs
+    tokens, heads, channels = given["query"].shape
+    longest, window = given["max_k"], (given.get("window_size") or [-1])[0]
+    keys = min(window + 1, longest) if window >= 0 else longest
+    mean = keys - keys * (keys - 1) / (2 * longest)     # the first tokens of a document see fewer
+    operations = ATTENTION[function.name()] * tokens * mean * heads * channels
+    return f"{function} {longest} {window}", operations
 
 
 @functools.cache
@@ -79,12 +95,17 @@ class Recorder(FakeTensorMode):
         """Forgets what has run, but for the kernels, which are compiled once."""
         self.peak, self.largest_float32, self.missing = self.live, 0, set()
         self.synchronisations, self.graphs = collections.Counter(), counters["stats"]["unique_graphs"]
-        self.in_step = False
-        self.work = collections.defaultdict(lambda: [0, 0, 0])     # of steps: {kernel: [calls, operations, bytes]}
-        self.collectives = collections.defaultdict(lambda: [0, 0])     # {kind and dtype: [calls, bytes]}
+        self.in_step, self.optimizer, self.steps = False, "", []
+
+    def start_step(self) -> None:
+        """Notes from here on, of this step, {kernel: [calls, operations, bytes]} and {collective and dtype: [calls,
+        bytes of its result]}. A kernel of an optimizer has the optimizer's name before its own."""
+        self.in_step = True
+        self.steps.append(dict(work=collections.defaultdict(lambda: [0, 0, 0]),
+                               collectives=collections.defaultdict(lambda: [0, 0])))
 
     def report(self) -> dict:
-        names = ("peak", "live", "logits", "largest_float32", "kernels", "work", "collectives", "synchronisations")
+        names = ("peak", "live", "logits", "largest_float32", "kernels", "steps", "synchronisations")
         return {name: getattr(self, name) for name in names} | dict(
             missing=sorted(self.missing), graphs=counters["stats"]["unique_graphs"] - self.graphs)
 
@@ -105,6 +126,7 @@ class Recorder(FakeTensorMode):
 
         results = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
         for x in results:
+            x.constant = None     # torch would copy a tensor of one number, whose number it knows, to a real GPU
             if x.device.type == "cuda":
                 self.track(x)
         moved = {x.device.type for x in inputs + results} == {"cpu", "cuda"}
@@ -114,21 +136,24 @@ class Recorder(FakeTensorMode):
         if function.overloadpacket in ROWS:
             read = results = read[1:] + (results if function.overloadpacket != torch.ops.aten.index_copy_ else [])
         size = sum(x.numel() * x.itemsize for x in read + results)
-        if function.namespace == "c10d":
-            calls = self.collectives[f"{function.name()} {str(on_gpu[0].dtype)[6:]}"]
-            calls[0], calls[1] = calls[0] + 1, calls[1] + sum(x.numel() * x.itemsize for x in on_gpu)
-        elif on_gpu and not function.is_view and not str(function).startswith(FREE):
-            count, name = flop_registry.get(function.overloadpacket), str(function)
-            operations = count(*args, **(kwargs or {}), out_val=result) if count else 0
-            if count:
+        if function.namespace == "c10d" and self.in_step:
+            calls = self.steps[-1]["collectives"][f"{function.name()} {str(on_gpu[0].dtype)[6:]}"]
+            results = [x for x in tree_leaves(args[0]) if isinstance(x, torch.Tensor)]
+            calls[0], calls[1] = calls[0] + 1, calls[1] + sum(x.numel() * x.itemsize for x in results)
+        elif function.namespace != "c10d" and on_gpu and not function.is_view and not str(function).startswith(FREE):
+            count, name, operations = flop_registry.get(function.overloadpacket), str(function), 0
+            if function.name() in ATTENTION:
+                name, operations = attention_over_documents(function, args, kwargs or {})
+            elif count:
+                operations = count(*args, **(kwargs or {}), out_val=result)
                 name += " " + " ".join("x".join(map(str, x.shape)) for x in inputs[-2:])
             self.ran(name, operations, size)
         return result
 
-    def ran(self, name: str, operations: int, size: int) -> None:
+    def ran(self, name: str, operations: float, size: int) -> None:
         if not self.in_step:
             return
-        work = self.work[name]
+        work = self.steps[-1]["work"][self.optimizer + name]
         work[0], work[1], work[2] = work[0] + 1, work[1] + operations, work[2] + size
 
     def synchronized(self, what: str) -> None:

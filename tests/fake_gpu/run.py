@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from recorder import Recorder
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.testing._internal.distributed import fake_pg  # noqa: F401  the backend "fake"
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -35,7 +36,8 @@ from shards import ShardWriter  # noqa: E402
 
 import train_gpt  # noqa: E402
 
-OTHERS = ["--compile", "off", "--num_layers", "1"]     # of the ranks beyond the first, whose record nobody reads
+# Of the ranks beyond the first, whose record nobody reads.
+OTHERS = ["--compile", "off", "--num_layers", "1", "--value_tables", "0"]
 
 
 def real(function):
@@ -62,10 +64,15 @@ def replace_in_trainer(recorder: Recorder) -> None:
     step = train_gpt.train_step
 
     def train_step(*args):
-        recorder.in_step = True
+        recorder.start_step()
         step(*args)
         recorder.in_step = False
     train_gpt.train_step = train_step
+    register_optimizer_step_pre_hook(lambda optimizer, *args: set_optimizer(f"{type(optimizer).__name__}: "))
+    register_optimizer_step_post_hook(lambda *args: set_optimizer(""))
+
+    def set_optimizer(name):
+        recorder.optimizer = name
 
     def start_fake_group(backend, **settings):
         with unset_fake_temporarily():
