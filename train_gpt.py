@@ -76,7 +76,6 @@ class Config:
     attention_scale: float = 0.12  # factor of q . k
     logit_softcap: float = 15.0  # c in c * tanh(logits / c)
     dtype: str = "auto"  # of activations; auto: by hardware
-    tokens_ahead: int = 3  # that a token predicts, at first
     # Batch
     batch_tokens: int = 131_072  # tokens of a step, times a stage's factor
     micro_batch: int = 0  # most rows at once (0: auto)
@@ -131,8 +130,8 @@ TRACKS = {
         val_sha256="709ddb7c9af041164ff67d6e516132236f9070f4f3d20eb9f4b26582240e3e11",
         second_files="data/tiny/second/*.bin", seq_len=128, document_tokens=0,
         num_layers=2, num_heads=4, head_dim=32, windows="L", mixing="off", value_tables=0,
-        attention_scale=0.24, ngram_rows=65_536, ngram_max=6, ngram_dim=0, tokens_ahead=1,
-        batch_tokens=1024, lr=0.003, embed_lr_ratio=30.0, matrix_weight_decay=0.0,
+        attention_scale=0.24, ngram_rows=65_536, ngram_max=6, ngram_dim=0, batch_tokens=1024,
+        lr=0.003, embed_lr_ratio=30.0, matrix_weight_decay=0.0,
         stages="1:0", val_window=0, val_every=0, num_steps=330, cooldown_steps=250,
         momentum_warmup_steps=200)}
 # A change of any other field makes another run.
@@ -169,7 +168,7 @@ def make_config(given: dict, saved: dict | None = None) -> Config:
             require(same, f"--{name} {given[name]}: the run has {saved[name]}; leave it out")
         c = Config(**saved | dict(log_dir=str(folder.parent), run_id=folder.name) | given)
     units = dict(seq_len=1, val_tokens=c.seq_len, batch_tokens=c.seq_len, num_steps=1,
-                 num_layers=1, num_heads=1, head_dim=2, vocab_size=1, tokens_ahead=1)
+                 num_layers=1, num_heads=1, head_dim=2, vocab_size=1)
     for name in units | vars(c):
         value, unit = getattr(c, name), units.get(name, 0)
         good = isinstance(value, str) or unit <= value < math.inf
@@ -316,8 +315,8 @@ def load_batches(rows: Rows, starts: list[int], seed: int, device, first_step: i
         yield tokens.to(device, non_blocking=True).to(torch.int64)
 
 # ==== 4. Model ====================================================================
-# Shape suffixes: B rows of a batch, T tokens of a row, N of a batch, D model_dim,
-# H num_heads, K head_dim, V padded vocabulary; k matrices of m x n.
+# Shape suffixes: B rows of a batch, T tokens of a row, D model_dim, H num_heads,
+# K head_dim, V padded vocabulary; k matrices of m x n.
 
 def norm(x: torch.Tensor) -> torch.Tensor:
     # RMSNorm without parameters (Zhang and Sennrich 2019, arXiv:1910.07467).
@@ -498,22 +497,10 @@ class GPT(nn.Module):
     def logits(self, x_BTD):
         cap = self.config.logit_softcap
         return cap * torch.tanh(self.lm_head(norm(x_BTD)).float() / cap)
-    def losses(self, x_BTD, targets_BT, ahead=None):
-        # Cross-entropy of each token. ahead: the weights of the next and of later tokens
-        # (multi-token prediction, Gloeckle et al. 2024, arXiv:2404.19737; one lm_head).
-        logits_NV = self.logits(x_BTD).flatten(0, 1)
-        if self.config.tokens_ahead == 1:
-            return F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="none")
-
-        # As compiled, this keeps no float32 tensor of the size of the logits.
-        losses_N, sums_N = 0.0, logits_NV.logsumexp(1)
-        for k in range(self.config.tokens_ahead):
-            later_N = F.pad(targets_BT[:, k:], (0, k), value=-100).flatten()  # -100: none
-            picked_N = F.nll_loss(logits_NV, later_N, reduction="none")
-            losses_N = losses_N + ahead[k] * (sums_N * (later_N >= 0) + picked_N)
-        return losses_N
-    def forward(self, tokens_BT, targets_BT, window: int = 0, ahead=None):
-        return self.losses(self.hidden(tokens_BT, window), targets_BT, ahead).mean()
+    def loss(self, x_BTD, targets_BT):
+        return F.cross_entropy(self.logits(x_BTD).flatten(0, 1), targets_BT.flatten())
+    def forward(self, tokens_BT, targets_BT, window: int = 0):
+        return self.loss(self.hidden(tokens_BT, window), targets_BT)
 
 # ==== 5. Optimizers and the parameter table =======================================
 # The scale of an orthogonal m x n update, and the ratio of its learning rate to AdamW's.
@@ -713,13 +700,6 @@ def stage(c: Config, step: int) -> tuple[int, int]:
     factor, window = stages[step * len(stages) // c.num_steps].split(":")
     return int(factor), int(window)
 
-def ahead_weights(c: Config, step: int) -> list[float]:
-    # 1 for the next token, half as much for each one further ahead. They go to 0 one after
-    # the other, the furthest first, each over an equal share of the steps.
-    shares = c.tokens_ahead * (1 - step / c.num_steps)  # that are left
-    later = range(1, c.tokens_ahead)
-    return [1.0] + [0.5 ** k * min(1.0, max(0.0, shares - k)) for k in later]
-
 def lr_multiplier(c: Config, step: int) -> float:
     # Linear warm-up, constant, linear cool-down (Hagele et al. 2024, arXiv:2405.18392),
     # times the root of the batch (Malladi et al. 2022, arXiv:2205.10287).
@@ -846,7 +826,7 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
         torch._dynamo.config.recompile_limit = 64  # a window is a graph
         for block in run.model.blocks:
             block.compile(dynamic=False)
-        run.model.losses = torch.compile(run.model.losses, dynamic=False)
+        run.model.loss = torch.compile(run.model.loss, dynamic=False)
         run.validation_loss = torch.compile(validation_loss, dynamic=False)
         Muon.orthogonalize = staticmethod(torch.compile(orthogonalize, dynamic=False))
     if ranks()[1] > 1:
@@ -884,7 +864,7 @@ def prime(run, start: dict) -> None:
     run.prime_seconds = time.perf_counter() - clock
     log(run, f"priming: {run.prime_seconds:.1f} s")
 
-def accumulate_gradients(model: nn.Module, tokens, micro_batch: int, *others) -> torch.Tensor:
+def accumulate_gradients(model, tokens, micro_batch: int, window: int = 0) -> torch.Tensor:
     parts, total = tokens.split(micro_batch), 0.0
     # DDP's gradients are views of its buckets: new ones would have to be copied there.
     model.zero_grad(set_to_none=not hasattr(model, "no_sync"))
@@ -892,15 +872,14 @@ def accumulate_gradients(model: nn.Module, tokens, micro_batch: int, *others) ->
         # DDP averages over the ranks after the last part alone.
         wait = part is not parts[-1] and hasattr(model, "no_sync")
         with model.no_sync() if wait else contextlib.nullcontext():
-            loss = model(part[:, :-1], part[:, 1:], *others) * (len(part) / len(tokens))
+            loss = model(part[:, :-1], part[:, 1:], window) * (len(part) / len(tokens))
             loss.backward()
         total += loss.detach()
     return total
 
 def train_step(run, tokens: torch.Tensor) -> None:
     c, step = run.config, run.state.step
-    ahead = torch.tensor(ahead_weights(c, step)).to(run.device, non_blocking=True)
-    loss = accumulate_gradients(run.ddp, tokens, run.micro_batch, stage(c, step)[1], ahead)
+    loss = accumulate_gradients(run.ddp, tokens, run.micro_batch, stage(c, step)[1])
     set_schedules(run.optimizers, c, step)
     for optimizer in run.optimizers.values():
         optimizer.step()

@@ -54,7 +54,6 @@ def test_help_lists_every_field_and_the_tracks():
     ("tiny", "stages", "1:8 2", ["--stages 1:8 2", "1:384"]),
     ("tiny", "stages", "0:8", ["--stages 0:8", "1:384"]),
     ("tiny", "windows", "SX", ["--windows SX", "SSSL"]),
-    ("tiny", "tokens_ahead", "0", ["--tokens_ahead 0", "at least 1"]),
     ("tiny", "run_id", "a/b", ["--run_id a/b"]),
     ("tiny", "run_id", "..", ["--run_id .."]),
     ("tiny", "momentum", "1.5", ["momentum 1.5", "0.95"]),     # which Muon refuses
@@ -84,17 +83,12 @@ def test_schedules():
 
 
 def test_stages():
-    """Equal shares of the steps, each with its batch, window and the root of the batch in the rate; the weights of the
-    tokens ahead fall to 0 one after the other."""
-    c = train_gpt.make_config(dict(track="tiny", num_steps=9, cooldown_steps=0, batch_tokens=256, tokens_ahead=3,
+    """Equal shares of the steps, each with its batch, window and the root of the batch in the rate."""
+    c = train_gpt.make_config(dict(track="tiny", num_steps=9, cooldown_steps=0, batch_tokens=256,
                                    stages="1:32 2:64 4:0"))
     assert [train_gpt.stage(c, step) for step in range(9)] == 3 * [(1, 32)] + 3 * [(2, 64)] + 3 * [(4, 0)]
     assert [train_gpt.batch_rows(c, step) for step in range(0, 9, 3)] == [2, 4, 8]
     assert [train_gpt.lr_multiplier(c, step) for step in range(0, 8, 3)] == pytest.approx([1, 2**0.5, 2])
-    weights = [train_gpt.ahead_weights(c, step) for step in range(9)]
-    for found, expected in zip(zip(*weights, strict=True), (
-            [1] * 9, [0.5] * 4 + [1 / 3, 1 / 6] + [0] * 3, [0.25, 1 / 6, 1 / 12] + [0] * 6), strict=True):
-        assert found == pytest.approx(expected)
 
 
 def test_every_group_of_every_optimizer_follows_the_schedules():
