@@ -127,7 +127,8 @@ def test_faults_that_stay_are_errors_that_cost_the_other_files_nothing(hub):
 @pytest.mark.parametrize("arguments, variables, message", [
     (["--num_shards", 2], {}, "401 Unauthorized"), (["--num_shards", 4], {}, "has no fineweb_train_000004.bin"),
     (["--num_shards", 3], {"FREE": "5000"}, "has no space for 4 files of 200 MB; give another --data_dir"),
-    ([], {"HF_HUB_OFFLINE": "1"}, "fineweb_train_000025.bin; the same")])     # 25 x 100M tokens for 4,600 steps of 2^19
+    # 2,100 steps of 2^18 tokens on average, and 70M tokens of each shard.
+    ([], {"HF_HUB_OFFLINE": "1"}, "fineweb_train_000008.bin; the same")])
 def test_what_cannot_succeed_ends_at_once(hub, arguments, variables, message):
     hub.add(VAL, *TRAIN[:3])
     hub.faults = {"list": repeat(401) if "401" in message else iter(())}
