@@ -6,7 +6,7 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py small
     python train_gpt.py --resume logs/RUN  # go on with a run
 
-tiny: 1.2605 nats per byte (1.2467 to 1.2691, n = 5), one CPU core. small has not run yet.
+tiny: 1.2605 nats a byte (1.2467 to 1.2691, n = 5), one CPU core. small has not run yet.
 """
 import argparse
 import contextlib
@@ -93,11 +93,11 @@ class Config:
     normuon_beta2: float = 0.95  # of NorMuon's second moment (0: off)
     matrix_weight_decay: float = 1.2  # times lr, and Muon's times lr again (0: off)
     # Schedule
-    num_steps: int = 2100
+    num_steps: int = 2000
     stages: str = "1:384 2:896 3:1408"  # factor:window, for equal shares of the steps
     val_window: int = 2560  # tokens (0: the whole row)
     warmup_steps: int = 0  # linear (0: off)
-    cooldown_steps: int = 1150  # linear (0: off)
+    cooldown_steps: int = 1100  # linear (0: off)
     # Run
     seed: int = 0  # of weights and data order
     val_every: int = 125  # steps (0: at end)
@@ -218,8 +218,9 @@ def watch(hosts: list[str]) -> None:
                 if not store.check([f"alive {r}"])]
 
     time.sleep(1)  # a run that is over ends by itself
-    print(f"rank {rank} of {size}: lost {', '.join(lost) or 'no rank'}; did one die, hang or "
-          "pass --collective_timeout?", file=sys.stderr, flush=True)
+    names = ", ".join(lost) or "no rank"
+    print(f"rank {rank} of {size}: lost {names}; did one die, hang or pass "
+          "--collective_timeout?", file=sys.stderr, flush=True)
     os._exit(1)
 
 def log(run, text: str, console: bool = True) -> None:
@@ -259,12 +260,13 @@ def open_shard(path: str, vocab_size: int) -> np.ndarray:
     return tokens
 
 class Rows:
-    # Rows of seq_len tokens and the one after; no row spans two shards. Shards beyond the
-    # first `max_rows` rows are left out, so that it does not matter how many are there.
-    # With `cut`, a row begins with a document, and has at most so many tokens of each.
+    # Rows of seq_len tokens and the one after, within a shard. With `cut`, they begin with a
+    # document and have at most so many tokens of each. Shards beyond the first `max_rows`
+    # rows are left out, so that it does not matter how many there are.
     def __init__(self, option: str, pattern: str, c: Config, max_rows: int, cut=None):
         self.seq_len, self.cut, self.count, self.documents = c.seq_len, cut, 0, 1
         self.shards, self.firsts, digest = [], [], hashlib.sha256()
+
         for path in sorted(glob.glob(pattern)):
             if self.count < max_rows:
                 self.firsts.append(self.count)  # its first row
@@ -342,7 +344,8 @@ def choose_attention(c: Config, device: torch.device) -> str:
     if device.type == "cpu":
         return "plain products" if c.dtype == "bfloat16" else "torch SDPA"
     works, dtype = False, getattr(torch, c.dtype)
-    x = torch.ones(64, c.num_heads, c.head_dim, device=device, dtype=dtype, requires_grad=True)
+    x = torch.ones(64, c.num_heads, c.head_dim, device=device, dtype=dtype)
+    x.requires_grad_()
     bounds = torch.arange(0, 65, 32, device=device, dtype=torch.int32)
     with contextlib.suppress(RuntimeError):
         varlen_attn(x, x, x, bounds, bounds, 32, 32, window_size=(16, 0)).sum().backward()
@@ -487,8 +490,9 @@ class GPT(nn.Module):
         # The last layers have the value embeddings of the first.
         values = [embed(tokens_BT).to(dtype) for embed in self.value_embeds]
         values += [None] * (c.num_layers - 2 * len(values)) + values
+
         windows = dict(L=window, S=window // 2)
-        seen = {kind: self.seen(tokens_BT, windows[kind]) for kind in sorted(set(c.windows))}
+        seen = {kind: self.seen(tokens_BT, windows[kind]) for kind in windows}
         cos, sin = rotary_tables(x_BTD.size(1), c.head_dim, x_BTD.device)
         for layer, block in enumerate(self.blocks):
             kind = c.windows[layer % len(c.windows)]
@@ -556,7 +560,7 @@ class Muon(torch.optim.Optimizer):
             parts, whole = group["parts"], not hasattr(p, "placements")  # a DTensor's
             fits = p.ndim in (2, 3) and p.size(0) % parts == 0 and (parts == 1 or p.ndim == 2)
             require(whole and fits, f"Muon: {name}, {tuple(p.shape)}: give whole matrices of "
-                    f"{parts} equal parts; flatten filters, and use AdamW for the rest")
+                    f"{parts} equal parts; flatten filters; AdamW takes the rest")
         self.param_groups.append(group)
     def wide(self, x: torch.Tensor, group: dict) -> torch.Tensor:
         # A view of x as matrices (k, m, n), transposed where m >= n.
@@ -611,8 +615,7 @@ class RowAdam(torch.optim.Optimizer):
         s <- beta2 s + (1 - beta2) g^2;   w <- w - lr g / sqrt(s / (1 - beta2^t))
 
     (arXiv:1412.6980, beta1 = 0.) An idle row keeps its weights and its s, as in SparseAdam.
-    Takes `touched` from the parameter: pairs of ids (n, ...) and sums (..., D) of the n rows,
-    which have a gradient.
+    Takes `touched` from the parameter: ids (n, ...) and the sums (..., D) of those rows.
     """
     def __init__(self, params, lr: float, beta2: float = 0.99):
         super().__init__(params, dict(lr=lr, beta2=beta2))
@@ -623,7 +626,8 @@ class RowAdam(torch.optim.Optimizer):
                 self.update(p, group["lr"], group["beta2"])
     def update(self, p: torch.Tensor, lr: float, beta2: float) -> None:
         touched = vars(p).pop("touched")
-        ids = gather_rows(torch.cat([ids.flatten(1) for ids, _ in touched], 1).T.contiguous())
+        ids = torch.cat([ids.flatten(1) for ids, _ in touched], 1)
+        ids = gather_rows(ids.T.contiguous())
         grads = gather_rows(torch.cat([sums.grad.flatten(0, -2) for _, sums in touched]))
         ids, grads = ids.T.flatten(), grads.repeat(ids.size(1), 1)
         # The sum of each row's gradients, at each of its places in ids; no size depends
@@ -684,7 +688,7 @@ def make_optimizers(model: GPT, c: Config) -> tuple[dict, str]:
     left, groups, table = dict(model.named_parameters()), {}, ""
     for pattern, optimizer, lr, decay, parts in parameter_table(c):
         fits = [name for name in left if fnmatch.fnmatchcase(name, pattern)]
-        if not fits:  # a part that is off
+        if not fits:  # is off
             continue
         named = [(name, left.pop(name)) for name in fits]
         group = dict(params=named, lr=lr, initial_lr=lr, weight_decay=decay, parts=parts)
@@ -710,10 +714,10 @@ def lr_multiplier(c: Config, step: int) -> float:
 def muon_momentum(c: Config, step: int) -> float:
     if step >= c.momentum_warmup_steps:
         return c.momentum
-    return c.momentum_start + step / c.momentum_warmup_steps * (c.momentum - c.momentum_start)
+    share = step / c.momentum_warmup_steps
+    return c.momentum_start + share * (c.momentum - c.momentum_start)
 
 def batch_rows(c: Config, step: int) -> int:
-    # The same for any number of processes.
     return stage(c, step)[0] * c.batch_tokens // c.seq_len
 
 def set_schedules(optimizers: dict, c: Config, step: int) -> None:
@@ -740,7 +744,7 @@ def evaluate(run, text: Rows, rows: range) -> float:
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     for start in range(0, len(mine), size):
         part = mine[start:start + size]
-        # Another size would be compiled anew: copies fill the last batch, uncounted.
+        # No other size, which would be compiled: copies fill the last, uncounted.
         tokens = text.read([*part] + [part[0]] * (size - len(part)))
         tokens = tokens.to(run.device, torch.int64)
         targets = tokens[:, 1:].clone()
@@ -753,7 +757,7 @@ def evaluate(run, text: Rows, rows: range) -> float:
 
 # ==== 8. Checkpoints ==============================================================
 class State:
-    # What training changes, and so what a checkpoint holds: parts that have a state_dict.
+    # What training changes: parts that have a state_dict. A checkpoint holds it.
     def __init__(self, **parts):
         self.step, self.seconds, self.parts = 0, 0.0, parts
     def state_dict(self) -> dict:
@@ -803,6 +807,7 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
     require(same, f"--resume {c.resume}: its run read other data; give that")
     dtype = "bfloat16" if all(gather(has_bf16_units(device))) else "float32"
     new_id = f"{c.track}_{time.strftime('%Y%m%d-%H%M%S')}_{os.urandom(4).hex()}"
+
     run.config = c = dataclasses.replace(
         c, run_id=gather(c.run_id or new_id)[0], dtype=c.dtype.replace("auto", dtype))
     run.compiled = c.compile == "on" or (c.compile == "auto" and device.type == "cuda")
@@ -811,6 +816,7 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
     taken = gather((run.folder / "log.txt").exists())[0] and not resumed
     require(not taken, f"--run_id {c.run_id}: has run already; give another")
     run.folder.mkdir(parents=True, exist_ok=True)
+
     torch.manual_seed(c.seed)
     run.model = run.ddp = GPT(c).initialize().to(device)
     run.attention = choose_attention(c, device)
@@ -835,7 +841,8 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
 
 def log_header(run) -> None:
     c, file = run.config, Path(__file__).resolve()
-    source, epochs = file.read_text(encoding="utf-8"), run.starts[-1] / run.train_rows.count
+    source = file.read_text(encoding="utf-8")
+    epochs = run.starts[-1] / run.train_rows.count
     git = f"git -C '{file.parent}' describe --always --abbrev=40 --exclude='*' --dirty"
     git = os.popen(f"{git} 2>/dev/null || echo none").read().strip()
     log(run, source + "=" * 100, console=False)
@@ -853,11 +860,11 @@ def prime(run, start: dict) -> None:
     # Compiles, and warms up at each stage, before the clock starts. Leaves no trace.
     c, clock = run.config, time.perf_counter()
     tokens = run.train_rows.read([0] * 2 * run.micro_batch).to(run.device, torch.int64)
-    first_steps = {stage(c, step): step for step in reversed(range(c.num_steps))}
-    for step in [*first_steps.values()] * c.prime_steps:
-        run.state.step = step
+    firsts = {stage(c, step): step for step in reversed(range(c.num_steps))}
+    for run.state.step in [*firsts.values()] * c.prime_steps:
         train_step(run, tokens)
-        evaluate(run, run.val_rows, range(run.val_rows.count)[:run.micro_batch * ranks()[1]])
+        few = run.micro_batch * ranks()[1]
+        evaluate(run, run.val_rows, range(run.val_rows.count)[:few])
     run.unread.clear()
     run.state.load_state_dict(start)
     torch._dynamo.utils.counters.clear()  # counts what is compiled from here on
