@@ -1,14 +1,12 @@
 """What only a GPU can show; bench/gpu.sh runs these on one."""
 
-import contextlib
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, losses, run, train
+from conftest import SMALL, STAGED, losses, run, train
 from test_model import small_model
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train_gpt
 
@@ -25,28 +23,28 @@ def test_bf16_forward_against_float64():
     assert (logits - expected).norm() / expected.norm() < 0.03
 
 
-def test_each_attention_of_this_gpu_against_float64():
-    """The probe leaves on the one that it names, and what each of them gives is right to bf16's rounding."""
-    c = train_gpt.make_config(dict(track="small", dtype="bfloat16"))
-    chosen = train_gpt.choose_attention(c, torch.device("cuda", 0))
-    on = dict(cuDNN=torch.backends.cuda.cudnn_sdp_enabled(), flash=torch.backends.cuda.flash_sdp_enabled(),
-              efficient=torch.backends.cuda.mem_efficient_sdp_enabled(), math=torch.backends.cuda.math_sdp_enabled())
-    assert chosen in [f"torch SDPA, {name}" for name in on if on[name]] and on["math"] and sum(on.values()) <= 2
-    generator = torch.Generator().manual_seed(0)
-    q, k, v, dy = torch.randn(4, 2, 3, 256, 128, dtype=torch.float64, generator=generator)
-    qkv = [x.clone().requires_grad_() for x in (q, k, v)]
-    exact = torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=True)
-    exact.backward(dy)
-    tried = 0
-    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+@pytest.mark.parametrize("window", [0, 7, 100])
+def test_attention_over_documents_against_the_mask_in_float64(window):
+    """Both forms of a GPU: varlen_attn over the bounds, where the probe finds it, and torch's SDPA with the mask."""
+    model = small_model(document_tokens=32, dtype="bfloat16").cuda().train()
+    tokens = torch.randint(257, (3, 32), generator=torch.Generator().manual_seed(0)).cuda()
+    tokens[:, [5, 6, 20]] = 256
+    q, k, v, dy = torch.randn(4, 3, 32, 2, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    works = train_gpt.choose_attention(model.config, torch.device("cuda", 0)) == "torch varlen_attn"
+    seen = {"mask": model.seen(tokens, window)}
+    if works:
+        model.varlen, model.most_documents = True, 20
+        seen["bounds"] = model.seen(tokens, window)
+    exact = [x.clone().requires_grad_() for x in (q, k, v)]
+    right = train_gpt.attend(*exact, 0.12, seen["mask"].double().cpu())
+    right.backward(dy)
+    for name, what in seen.items():
         inputs = [x.bfloat16().cuda().requires_grad_() for x in (q, k, v)]
-        with sdpa_kernel(backend), contextlib.suppress(RuntimeError):
-            y = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
-            y.backward(dy.bfloat16().cuda())
-            for x, right in zip([y, *(x.grad for x in inputs)], [exact, *(x.grad for x in qkv)], strict=True):
-                assert (x.double().cpu() - right).norm() / right.norm() < 0.02, backend
-            tried += 1
-    assert tried
+        y = train_gpt.attend(*inputs, 0.12, what)
+        y.backward(dy.bfloat16().cuda())
+        for x, expected in zip([y, *(x.grad for x in inputs)], [right, *(x.grad for x in exact)], strict=True):
+            assert (x.double().cpu() - expected).norm() / expected.norm() < 0.02, name
+    assert works == (torch.cuda.get_device_capability() >= (8, 0))
 
 
 @pytest.mark.parametrize("shape", [(4, 512, 768), (2, 768, 3072)])
@@ -82,7 +80,7 @@ def test_a_run_learns_in_any_way_and_resumes(text, tmp_path):
     for name, options in dict(on=["--compile", "on"], off=["--compile", "off"],
                               two=["--compile", "off", "--micro_batch", 2]).items():
         options += ["--dtype", "bfloat16", "--save_every", 12, "--log_dir", tmp_path, "--run_id", name]
-        result = run("tiny", *SMALL, *text, *options, timeout=400, gpu=True)
+        result = run("tiny", *SMALL, *STAGED, *text, *options, timeout=400, gpu=True)
         assert result.returncode == 0, result.stderr
     assert re.search("^kernels: .*bfloat16", (tmp_path / "on/log.txt").read_text(), re.MULTILINE)
     options = ["--log_dir", tmp_path / "again", "--compile", "off"]
@@ -113,7 +111,7 @@ def test_a_step_of_training_never_waits_for_the_gpu(text, tmp_path, monkeypatch)
 
 def test_the_loader_gives_the_gpu_the_cpus_batches(text):
     """Copied while the GPU is kept busy; compared after the fact, so that a race would show."""
-    c = SimpleNamespace(vocab_size=257, seq_len=32, prepare="data/local_text.py")
+    c = SimpleNamespace(vocab_size=257, seq_len=32, document_tokens=0, prepare="data/local_text.py")
     rows = train_gpt.Rows("train_files", text[1], c, 10**9)
     starts = list(range(0, 4001, 40))
     expected = list(train_gpt.load_batches(rows, starts, 0, torch.device("cpu")))
