@@ -91,7 +91,7 @@ class Config:
     momentum_warmup_steps: int = 300  # between the two (0: off)
     nesterov: str = "on"  # off: Muon does not look ahead
     normuon_beta2: float = 0.95  # of NorMuon's second moment (0: off)
-    matrix_weight_decay: float = 1.2  # times lr, and Muon's times lr again (0: off)
+    matrix_weight_decay: float = 0.0  # times lr (0: off)
     # Schedule
     num_steps: int = 2000
     stages: str = "1:384 2:896 3:1408"  # factor:window, for equal shares of the steps
@@ -131,7 +131,7 @@ TRACKS = {
         second_files="data/tiny/second/*.bin", seq_len=128, document_tokens=0,
         num_layers=2, num_heads=4, head_dim=32, windows="L", mixing="off", value_tables=0,
         attention_scale=0.24, ngram_rows=65_536, ngram_max=6, ngram_dim=0, batch_tokens=1024,
-        lr=0.003, embed_lr_ratio=30.0, matrix_weight_decay=0.0,
+        lr=0.003, embed_lr_ratio=30.0,
         stages="1:0", val_window=0, val_every=0, num_steps=330, cooldown_steps=250,
         momentum_warmup_steps=200)}
 # A change of any other field makes another run.
@@ -537,7 +537,6 @@ class Muon(torch.optim.Optimizer):
     SETTINGS = dict(
         lr=0.02, momentum=0.95, weight_decay=0.0, parts=1, update_scale="sqrt_ratio",
         nesterov=True,  # False: u is of v alone
-        cautious=False,  # True: decays by lr^2, where u shrinks W, too (arXiv:2510.12402)
         # NorMuon (Li et al. 2025, arXiv:2510.05491): divides each row of u (if m < n, unlike
         # the paper, each column) by its running RMS, and keeps the norm of u. 0: off.
         beta2=0.0, ns_steps=5, ns_dtype=None)
@@ -602,12 +601,9 @@ class Muon(torch.optim.Optimizer):
         m, n = p.size(-2) / group["parts"], p.size(-1)
         factor = group["lr"] * UPDATE_SCALES[group["update_scale"]][0](m, n)
         for p, u in zip(members, U.chunk(len(members)), strict=True):
-            W, decay = self.wide(p, group), group["lr"] * group["weight_decay"]
-            if group["cautious"]:
-                W.sub_(W * (u * W > 0), alpha=group["lr"] * decay)
-            else:
-                W.mul_(1 - decay)
-            W.add_(u, alpha=-factor)
+            if group["weight_decay"]:
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+            self.wide(p, group).add_(u, alpha=-factor)
 
 class RowAdam(torch.optim.Optimizer):
     """Adam without momentum, for the rows of a table (as in Ngrams) that a step touches.
@@ -627,16 +623,18 @@ class RowAdam(torch.optim.Optimizer):
     def update(self, p: torch.Tensor, lr: float, beta2: float) -> None:
         touched = vars(p).pop("touched")
         ids = torch.cat([ids.flatten(1) for ids, _ in touched], 1)
-        ids = gather_rows(ids.T.contiguous())
-        grads = gather_rows(torch.cat([sums.grad.flatten(0, -2) for _, sums in touched]))
-        ids, grads = ids.T.flatten(), grads.repeat(ids.size(1), 1)
+        ids = gather_rows(ids.T.contiguous()).T
+        grads = torch.cat([sums.grad.flatten(0, -2) for _, sums in touched])
+        grads = gather_rows(grads.div_(ranks()[1]))
         # The sum of each row's gradients, at each of its places in ids; no size depends
         # on how many differ, for which the host would wait.
-        ordered, order = ids.sort()
-        number = torch.empty_like(ids)
+        ordered, order = ids.flatten().sort()
+        number = torch.empty_like(order)
         number[order] = F.pad(ordered.diff() != 0, (1, 0)).cumsum(0)
-        sums = torch.zeros_like(grads).index_add_(0, number, grads)
-        g = sums.index_select(0, number).div_(ranks()[1])
+        sums = grads.new_zeros(len(number), grads.size(1))
+        for part in number.chunk(len(ids)):
+            sums.index_add_(0, part, grads)
+        g, ids = sums.index_select(0, number), ids.flatten()
 
         state = self.state[p]
         if not state:
@@ -644,7 +642,8 @@ class RowAdam(torch.optim.Optimizer):
         state["step"] += 1
         square = state["square"].index_select(0, ids).lerp_(g.square(), 1 - beta2)
         state["square"].index_copy_(0, ids, square)
-        size = square.div_(1 - beta2 ** state["step"]).sqrt_().clamp_min_(1e-10)
+        lr *= (1 - beta2 ** state["step"]) ** 0.5
+        size = square.sqrt_().clamp_min_(1e-10)
         p.index_copy_(0, ids, p.index_select(0, ids).addcdiv_(g, size, value=-lr))
 
 def gather_rows(x: torch.Tensor) -> torch.Tensor:
@@ -655,16 +654,16 @@ def gather_rows(x: torch.Tensor) -> torch.Tensor:
     dist.all_gather_into_tensor(everyone, x)
     return everyone
 
-def make_muon(groups: list, c: Config, **settings) -> Muon:
-    return Muon(groups, momentum=c.momentum, beta2=c.normuon_beta2, nesterov=c.nesterov == "on",
-                ns_dtype=getattr(torch, c.dtype), **settings)
+def make_muon(groups: list, c: Config, update_scale: str) -> Muon:
+    return Muon(groups, momentum=c.momentum, beta2=c.normuon_beta2, update_scale=update_scale,
+                nesterov=c.nesterov == "on", ns_dtype=getattr(torch, c.dtype))
 
 # OrthogonalNesterov's v <- mu v + g is the same but for a factor, which has no effect.
 OPTIMIZERS = dict(
     row_adam=lambda groups, c: RowAdam(groups, lr=c.lr),
     adamw=lambda groups, c: torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True),
-    muon=lambda groups, c: make_muon(groups, c, update_scale=c.update_scale, cautious=True),
-    orthogonal_nesterov=lambda groups, c: make_muon(groups, c, update_scale="none"))
+    muon=lambda groups, c: make_muon(groups, c, c.update_scale),
+    orthogonal_nesterov=lambda groups, c: make_muon(groups, c, "none"))
 
 def parameter_table(c: Config) -> list[tuple]:
     # Rows of pattern, optimizer, learning rate, weight decay and parts; the first whose

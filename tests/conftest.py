@@ -21,7 +21,7 @@ SMALL = ["--num_layers", "2", "--num_heads", "2", "--head_dim", "16", "--seq_len
 # Every part of the recipe that `tiny` leaves out, in three stages.
 STAGED = ["--stages", "1:8 2:16 3:0", "--val_window", "24", "--windows", "SL", "--document_tokens", "24",
           "--mixing", "on", "--value_tables", "1", "--ngram_max", "3", "--ngram_dim", "8",
-          "--matrix_weight_decay", "5"]
+          "--matrix_weight_decay", "0.1"]
 # For these sizes one thread is fastest, and pytest runs two processes (test.sh).
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -61,7 +61,7 @@ FITTED = {"H100": ("record 8", 0.1419), "A100 80GB": ("track 3, 8xA100", 0.348)}
 CHECKED = {"record 9": 0.1548, "record 10": 0.1447, "record 11": 0.1450}
 # Those runs' recipe, as options: rows of running text, all of which a token sees, and none of today's parts.
 PUBLISHED = """--seq_len 1024 --document_tokens 0 --windows L --stages 1:0 --val_window 0 --batch_tokens 524288
-    --mixing off --value_tables 0 --ngram_rows 0 --tokens_ahead 1 --normuon_beta2 0 --matrix_weight_decay 0""".split()
+    --mixing off --value_tables 0 --ngram_rows 0 --normuon_beta2 0""".split()
 
 
 def stages_of(c: train_gpt.Config) -> Counter:
