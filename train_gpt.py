@@ -278,6 +278,8 @@ class Rows:
         starts = np.zeros(1, dtype=np.int64)  # of documents
         if c.document_tokens:
             starts = np.union1d(starts, np.flatnonzero(tokens == c.vocab_size - 1))
+        marked = not self.cut or len(starts) > 1
+        require(marked, f"--document_tokens {self.cut}: no end-of-text in a shard; give 0")
         lengths = np.diff(starts, append=len(tokens)).clip(max=self.cut)
         ends = lengths.cumsum()
         begins = ends - lengths  # in what is kept
@@ -857,13 +859,12 @@ data: {run.starts[1]} rows a step, {run.micro_batch} at once; {epochs:.2f} epoch
 
 def prime(run, start: dict) -> None:
     # Compiles, and warms up at each stage, before the clock starts. Leaves no trace.
-    c, clock = run.config, time.perf_counter()
+    c, clock, few = run.config, time.perf_counter(), run.micro_batch * ranks()[1]
     tokens = run.train_rows.read([0] * 2 * run.micro_batch).to(run.device, torch.int64)
     firsts = {stage(c, step): step for step in reversed(range(c.num_steps))}
     for run.state.step in [*firsts.values()] * c.prime_steps:
         train_step(run, tokens)
-        few = run.micro_batch * ranks()[1]
-        evaluate(run, run.val_rows, range(run.val_rows.count)[:few])
+        evaluate(run, run.val_rows, range(min(run.val_rows.count, few)))
     run.unread.clear()
     run.state.load_state_dict(start)
     torch._dynamo.utils.counters.clear()  # counts what is compiled from here on

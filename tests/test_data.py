@@ -86,9 +86,9 @@ def test_rows_of_documents(tmp_path, cut):
     """A training row begins with the document that holds its first token of the kept text, each document cut to `cut`;
     without it a row is a window of the text. No row has more documents than the count says, and one has as many."""
     generator, end, expected, most = np.random.default_rng(cut or 0), 256, [], 1
-    for i, length in enumerate((0, 3, 40, 203, 77)):
+    for i, length in enumerate((9, 40, 203, 77)):
         tokens = generator.integers(0, 256, length)
-        tokens[generator.random(length) < 0.2] = end
+        tokens[generator.random(length) < 0.2] = tokens[5:6] = end
         (tmp_path / f"s_{i}.bin").write_bytes(raw_shard(tokens))
         documents = [[]]
         for token in tokens.tolist():
@@ -104,6 +104,10 @@ def test_rows_of_documents(tmp_path, cut):
     rows = train_gpt.Rows("train_files", f"{tmp_path}/s_*.bin", c, 10**9, cut)
     assert rows.count == len(expected) and rows.read(range(rows.count)).tolist() == expected
     assert most <= rows.documents <= 9
+    (tmp_path / "s_9.bin").write_bytes(raw_shard(range(50)))
+    if cut:
+        with pytest.raises(train_gpt.RunError, match=f"--document_tokens {cut}: no end-of-text in a shard; give 0"):
+            train_gpt.Rows("train_files", f"{tmp_path}/s_*.bin", c, 10**9, cut)
 
 
 def test_a_run_reads_only_the_shards_that_its_budget_needs(tmp_path):

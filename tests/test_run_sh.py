@@ -22,7 +22,8 @@ case "$*" in *${{FAILS:-nothing}}*) echo "x: good: x"; echo "bad: y"; exit 3 ;; 
 ADDED = """
 torch.cuda.device_count = lambda: int(os.environ.get("GPUS", 0))
 torch.cuda.get_device_properties = lambda i: SimpleNamespace(major=8, total_memory=float(os.environ["BYTES"]))
-TRACKS["mine"] = dict(prepare="data/mine.py own/1.bin", train_files="own/*.bin", val_files="own/*.bin", vocab_size=257)
+TRACKS["mine"] = dict(prepare="data/mine.py own/1.bin", train_files="own/*.bin", val_files="own/*.bin", vocab_size=257,
+                      document_tokens=0)
 if __name__"""
 MINE = """import numpy, shards, sys
 with shards.ShardWriter(sys.argv[1], 257) as shard:
