@@ -50,18 +50,18 @@ class Gpu:
 
 
 GPUS = {
-    "A100 40GB": Gpu(312e12, 1555e9, 40e9, 230e9, 0.603),
-    "A100 80GB": Gpu(312e12, 2039e9, 80e9, 230e9, 0.603),
-    "H100": Gpu(989e12, 3350e9, 80e9, 360e9, 0.527),
-    "RTX 4090": Gpu(165e12, 1008e9, 24e9, 12e9, 0.603),
-    "RTX 3090": Gpu(71e12, 936e9, 24e9, 12e9, 0.603)}
+    "A100 40GB": Gpu(312e12, 1555e9, 40e9, 230e9, 0.604),
+    "A100 80GB": Gpu(312e12, 2039e9, 80e9, 230e9, 0.604),
+    "H100": Gpu(989e12, 3350e9, 80e9, 360e9, 0.529),
+    "RTX 4090": Gpu(165e12, 1008e9, 24e9, 12e9, 0.604),
+    "RTX 3090": Gpu(71e12, 936e9, 24e9, 12e9, 0.604)}
 # Seconds of a step of 524,288 tokens on 8 GPUs of this model's shapes, as published by modded-nanogpt: records 8 to 11
 # of track 1, and a run on 8xA100-SXM4-80GB of its track 3 (2026-05-22).
 FITTED = {"H100": ("record 8", 0.1419), "A100 80GB": ("track 3, 8xA100", 0.348)}
 CHECKED = {"record 9": 0.1548, "record 10": 0.1447, "record 11": 0.1450}
 # Those runs' recipe, as options: rows of running text, all of which a token sees, and none of today's parts.
 PUBLISHED = """--seq_len 1024 --document_tokens 0 --windows L --stages 1:0 --val_window 0 --batch_tokens 524288
-    --mixing off --value_tables 0 --ngram_rows 0 --normuon_beta2 0""".split()
+    --mixing off --value_tables 0 --ngram_rows 0 --normuon_beta2 0 --micro_batch 64""".split()
 
 
 def stages_of(c: train_gpt.Config) -> Counter:
