@@ -432,7 +432,7 @@ class Ngrams(nn.Module):
         sums = F.embedding(ids, self.table).sum(0)
         if torch.is_grad_enabled():
             vars(self.table).setdefault("touched", []).append((ids, sums.requires_grad_()))
-        return F.pad(sums, (0, self.padding))
+        return F.pad(sums, (0, self.padding)) if self.padding else sums
 
 class GPT(nn.Module):
     def __init__(self, c: Config):
@@ -494,7 +494,7 @@ class GPT(nn.Module):
         values += [None] * (c.num_layers - 2 * len(values)) + values
 
         windows = dict(L=window, S=window // 2)
-        seen = {kind: self.seen(tokens_BT, windows[kind]) for kind in windows}
+        seen = {kind: self.seen(tokens_BT, windows[kind]) for kind in set(c.windows)}
         cos, sin = rotary_tables(x_BTD.size(1), c.head_dim, x_BTD.device)
         for layer, block in enumerate(self.blocks):
             kind = c.windows[layer % len(c.windows)]
