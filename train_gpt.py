@@ -161,8 +161,7 @@ def make_config(given: dict, saved: dict | None = None) -> Config:
         c = Config(**TRACKS[track] | given)
     else:
         folder = Path(given["resume"]).resolve()
-        same = saved.keys() == vars(Config()).keys()
-        require(same, f"--resume {folder}: is of another version")
+        require(saved.keys() == vars(Config()).keys(), f"--resume {folder}: another version")
         for name in given.keys() - RESUME_MAY_CHANGE:
             same = given[name] == saved[name]
             require(same, f"--{name} {given[name]}: the run has {saved[name]}; leave it out")
@@ -730,7 +729,7 @@ def set_schedules(optimizers: dict, c: Config, step: int) -> None:
 
 def micro_batch_rows(c: Config, share: int, device: torch.device) -> int:
     # How many of a rank's share of rows run at once. --micro_batch 0: 4,096 tokens on a
-    # CPU, for its caches; 16,384 on a GPU, which keep it busy and of small need 12 GiB.
+    # CPU, for its caches; 16,384 on a GPU, which keep it busy and of small need 15 GiB.
     most = c.micro_batch or max(1, dict(cpu=4096).get(device.type, 16_384) // c.seq_len)
     return max(n for n in range(1, share + 1) if share % n == 0 and n <= most)
 
@@ -805,7 +804,7 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
     require(fits, f"--val_tokens {c.val_tokens}: --val_files {c.val_files} has fewer")
     run.sha256 = dict(train=run.train_rows.sha256, val=run.val_rows.sha256)
     same = resumed.get("sha256", run.sha256) == run.sha256
-    require(same, f"--resume {c.resume}: its run read other data; give that")
+    require(same, f"--resume {c.resume}: it read other data; give that")
     dtype = "bfloat16" if all(gather(has_bf16_units(device))) else "float32"
     new_id = f"{c.track}_{time.strftime('%Y%m%d-%H%M%S')}_{os.urandom(4).hex()}"
 
@@ -815,7 +814,7 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
     run.micro_batch = micro_batch_rows(c, share, device)
     run.folder = Path(c.log_dir, c.run_id)
     taken = gather((run.folder / "log.txt").exists())[0] and not resumed
-    require(not taken, f"--run_id {c.run_id}: has run already; give another")
+    require(not taken, f"--run_id {c.run_id}: has run; give another")
     run.folder.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(c.seed)
@@ -844,6 +843,7 @@ def log_header(run) -> None:
     c, file = run.config, Path(__file__).resolve()
     source = file.read_text(encoding="utf-8")
     epochs = run.starts[-1] / run.train_rows.count
+    rows = sorted({batch_rows(c, step) for step in range(c.num_steps)})
     git = f"git -C '{file.parent}' describe --always --abbrev=40 --exclude='*' --dirty"
     git = os.popen(f"{git} 2>/dev/null || echo none").read().strip()
     log(run, source + "=" * 100, console=False)
@@ -854,7 +854,7 @@ source: sha256 {hashlib.sha256(source.encode()).hexdigest()}, git {git}
 versions: python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}
 hardware: {describe_hardware(run.device)}
 kernels: attention {run.attention}; {c.dtype}; torch.compile {run.compiled}
-data: {run.starts[1]} rows a step, {run.micro_batch} at once; {epochs:.2f} epochs{run.table}""")
+data: {rows} rows a step, {run.micro_batch} at once; {epochs:.2f} epochs{run.table}""")
     log(run, f"config: {json.dumps(vars(c))}", console=False)
 
 def prime(run, start: dict) -> None:

@@ -14,7 +14,7 @@ from test_runs import log_text
 
 import train_gpt
 
-GPU = plan.Gpu(peak=100e12, bandwidth=1e12, memory=80e9, bus=100e9, fraction=0.5)
+GPU = plan.Gpu(peak=100e12, bandwidth=1e12, bus=100e9, fraction=0.5)
 # Two rows of 1,024 tokens at once on each of 8 GPUs; the two stages have 2 and 3 steps of 1 and 3 times 16 rows.
 CONFIG = train_gpt.make_config(dict(
     track="small", dtype="bfloat16", seq_len=1024, batch_tokens=16 * 1024, val_tokens=1024, document_tokens=0,

@@ -40,21 +40,20 @@ BANDWIDTH_FRACTION, SHORTEST = 0.85, 4e-6       # of a GPU's bandwidth; seconds 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak without sparsity, bandwidth and memory are of the makers' data sheets; the bus is assumed, as NCCL reports
+    """Peak without sparsity and bandwidth are of the makers' data sheets; the bus is assumed, as NCCL reports
     such figures (all-reduce on 8 GPUs: NVLink, or PCIe 4.0 for the RTX cards)."""
     peak: float         # FLOP/s in bfloat16 with float32 sums
     bandwidth: float    # bytes/s
-    memory: float       # bytes
     bus: float          # bytes/s of an all-reduce
     fraction: float     # of the peak that matrix products and attention reach, by --calibrate; RTX: the A100's
 
 
 GPUS = {
-    "A100 40GB": Gpu(312e12, 1555e9, 40e9, 230e9, 0.604),
-    "A100 80GB": Gpu(312e12, 2039e9, 80e9, 230e9, 0.604),
-    "H100": Gpu(989e12, 3350e9, 80e9, 360e9, 0.529),
-    "RTX 4090": Gpu(165e12, 1008e9, 24e9, 12e9, 0.604),
-    "RTX 3090": Gpu(71e12, 936e9, 24e9, 12e9, 0.604)}
+    "A100 40GB": Gpu(312e12, 1555e9, 230e9, 0.604),
+    "A100 80GB": Gpu(312e12, 2039e9, 230e9, 0.604),
+    "H100": Gpu(989e12, 3350e9, 360e9, 0.529),
+    "RTX 4090": Gpu(165e12, 1008e9, 12e9, 0.604),
+    "RTX 3090": Gpu(71e12, 936e9, 12e9, 0.604)}
 # Seconds of a step of 524,288 tokens on 8 GPUs of this model's shapes, as published by modded-nanogpt: records 8 to 11
 # of track 1, and a run on 8xA100-SXM4-80GB of its track 3 (2026-05-22).
 FITTED = {"H100": ("record 8", 0.1419), "A100 80GB": ("track 3, 8xA100", 0.348)}
@@ -96,7 +95,7 @@ def part_of(kernel: str, vocab_size: int) -> str:
     if name.startswith("aten.mm"):
         return "lm_head" if str(vocab_size) in "x".join(shapes).split("x") else "matrices of the blocks"
     if name.startswith("triton"):
-        return "loss" if any(word in name for word in ("softmax", "logsumexp", "nll", "tanh")) else "between matrices"
+        return "loss" if any(word in name for word in ("softmax", "nll", "tanh")) else "between matrices"
     return "embeddings and sums of gradients"
 
 
@@ -105,12 +104,11 @@ def rows_at_once(c: train_gpt.Config, ranks: int) -> int:
     return train_gpt.micro_batch_rows(c, share, torch.device("cuda"))
 
 
-def planned_bytes(c: train_gpt.Config, rows: int, compiled: bool = True) -> float:
-    """A GPU's memory in training with so many rows at once, fitted to what the GPU that is not there needs."""
-    layer, logits = (18.5, 1.2) if compiled else (26, 12)     # values that a token keeps
+def planned_bytes(c: train_gpt.Config, rows: int) -> float:
+    """A GPU's memory in compiled training with so many rows at once, fitted to what the GPU that is not there needs."""
     matrices = 12 * c.num_layers * c.model_dim ** 2
     embeddings = (2 + c.value_tables) * c.padded_vocab_size * c.model_dim
-    values = layer * c.num_layers * c.model_dim + logits * c.padded_vocab_size
+    values = 18.5 * c.num_layers * c.model_dim + 1.2 * c.padded_vocab_size     # that a token keeps
     size = getattr(torch, c.dtype).itemsize * values * rows * c.seq_len
     # Of the n-grams: weights and squares, each token's sum and gradient, and RowAdam's step.
     tokens = c.seq_len * max(train_gpt.batch_rows(c, step) for step in range(c.num_steps))
