@@ -14,7 +14,6 @@ import copy
 import dataclasses
 import datetime
 import fnmatch
-import glob
 import hashlib
 import inspect
 import json
@@ -26,7 +25,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,18 +44,14 @@ def require(holds, message: str) -> None:
     if not holds:
         raise RunError(message)
 
-# ==== 1. Config: every knob of a run ==============================================
-# Every field is also an option, for sweeps: --lr 0.003.
+# ==== 1. Config: every knob of a run, and an option: --lr 0.003 ===================
 @dataclasses.dataclass(frozen=True)
 class Config:
     track: str = "small"  # a name in TRACKS
     # Data
     prepare: str = "data/fineweb.py"  # makes the shards
-    train_files: str = "data/fineweb10B/fineweb_train_*.bin"
-    val_files: str = "data/fineweb10B/fineweb_val_*.bin"
-    second_files: str = ""  # another text, tried after training
-    train_sha256: str = ""  # of the data whose losses compare
-    val_sha256: str = ""
+    data: str = "data/fineweb10B"  # their folder: *train_*.bin and *val_*.bin
+    sha256: str = ""  # of train and val whose losses compare: first 16 digits
     vocab_size: int = 50257  # tokens; the last is end-of-text
     val_tokens: int = 10 * 2**20  # tokens of a validation
     target: float = 3.28  # validation loss to reach, in nats a token
@@ -115,48 +109,37 @@ TRACKS = {
     "small": dict(),
     "lab": dict(
         prepare=r"data/local_text.py --train_bpe 1024 --separator \n\n\n --out data/lab",
-        train_files="data/lab/train_*.bin", val_files="data/lab/val_*.bin",
-        train_sha256="ec1164e96a45b25cf79e0a492007d415801d7f85da9cfba1d49352e93c79d815",
-        val_sha256="1757957470087c3507b1094eeb676d8eb48dd9a968769cb184270bcaf775888f",
-        second_files="data/lab/second/*.bin", vocab_size=1024, val_tokens=2**19,
-        target=3.13, seq_len=512, document_tokens=512, num_layers=6, num_heads=2,
-        head_dim=64, attention_scale=0.17, value_tables=2, ngram_rows=65_536, ngram_dim=32,
-        batch_tokens=2048, stages="1:64 2:128 3:192", val_window=320, val_every=0,
-        num_steps=200, cooldown_steps=110, momentum_warmup_steps=100),
+        data="data/lab", sha256="ec1164e96a45b25c 1757957470087c35", vocab_size=1024,
+        val_tokens=2**19, target=3.13, seq_len=512, document_tokens=512, num_layers=6,
+        num_heads=2, head_dim=64, value_tables=2, ngram_rows=65_536, ngram_dim=32,
+        attention_scale=0.17, batch_tokens=2048, stages="1:64 2:128 3:192", val_window=320,
+        val_every=0, num_steps=200, cooldown_steps=110, momentum_warmup_steps=100),
     "tiny": dict(
-        prepare="data/local_text.py", vocab_size=257, val_tokens=2**20, target=1.30,
-        train_files="data/tiny/train_*.bin", val_files="data/tiny/val_*.bin",
-        train_sha256="8c50fa9a10abf3fef5d6cd34ceedb667a62d72251aba450c66b02e151bbedac6",
-        val_sha256="709ddb7c9af041164ff67d6e516132236f9070f4f3d20eb9f4b26582240e3e11",
-        second_files="data/tiny/second/*.bin", seq_len=128, document_tokens=0,
-        num_layers=2, num_heads=4, head_dim=32, windows="L", mixing="off", value_tables=0,
-        attention_scale=0.24, ngram_rows=65_536, ngram_max=6, ngram_dim=0, batch_tokens=1024,
-        lr=0.003, embed_lr_ratio=30.0,
-        stages="1:0", val_window=0, val_every=0, num_steps=330, cooldown_steps=250,
+        prepare="data/local_text.py", data="data/tiny",
+        sha256="8c50fa9a10abf3fe 709ddb7c9af04116", vocab_size=257, val_tokens=2**20,
+        target=1.30, seq_len=128, document_tokens=0, num_layers=2, num_heads=4, head_dim=32,
+        windows="L", mixing="off", value_tables=0, ngram_rows=65_536, ngram_max=6, ngram_dim=0,
+        attention_scale=0.24, batch_tokens=1024, lr=0.003, embed_lr_ratio=30.0, stages="1:0",
+        val_window=0, val_every=0, num_steps=500, cooldown_steps=380,
         momentum_warmup_steps=200)}
 # A change of any other field makes another run.
-RESUME_MAY_CHANGE = set("""prepare train_files val_files second_files micro_batch val_every
-    save_every resume log_dir run_id compile prime_steps collective_timeout""".split())
+RESUME_MAY_CHANGE = set("""prepare data micro_batch val_every save_every resume log_dir run_id
+    compile prime_steps collective_timeout""".split())
 
 def parse_command_line(arguments: list[str]) -> dict:
-    choices = dict(
-        dtype=["auto", "float32", "bfloat16"], compile=["auto", "on", "off"],
-        nesterov=["on", "off"], mixing=["on", "off"], matrix_optimizer=OPTIMIZERS,
-        update_scale=UPDATE_SCALES)
     parser = argparse.ArgumentParser(
         usage="train_gpt.py TRACK [--field value ...], or --help",
         description=__doc__, epilog=inspect.getsource(Config), allow_abbrev=False,
         argument_default=argparse.SUPPRESS, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("track", nargs="?", help=" or ".join(TRACKS))
     for name, default in list(vars(Config()).items())[1:]:
-        parser.add_argument(f"--{name}", type=type(default), choices=choices.get(name),
-                            help=argparse.SUPPRESS)
+        parser.add_argument(f"--{name}", type=type(default), help=argparse.SUPPRESS)
     return vars(parser.parse_args(arguments))
 
 def make_config(given: dict, saved: dict | None = None) -> Config:
     # The given fields replace those of the track or, on a resume, those of the saved run.
     if saved is None:
-        track = given.get("track")
+        track = given.get("track", "")
         require(track in TRACKS, f"track {track}: give {' or '.join(TRACKS)}")
         c = Config(**TRACKS[track] | given)
     else:
@@ -166,18 +149,23 @@ def make_config(given: dict, saved: dict | None = None) -> Config:
             same = given[name] == saved[name]
             require(same, f"--{name} {given[name]}: the run has {saved[name]}; leave it out")
         c = Config(**saved | dict(log_dir=str(folder.parent), run_id=folder.name) | given)
-    units = dict(seq_len=1, val_tokens=c.seq_len, batch_tokens=c.seq_len, num_steps=1,
-                 num_layers=1, num_heads=1, head_dim=2, vocab_size=1)
-    for name in units | vars(c):
-        value, unit = getattr(c, name), units.get(name, 0)
-        good = isinstance(value, str) or unit <= value < math.inf
-        require(good, f"--{name} {value}: give at least {unit}")
-        require(not unit or value % unit == 0, f"--{name} {value}: give a multiple of {unit}")
-    for name, form in dict(stages=r"([1-9]\d*:\d+ ?)+", windows="[SL]+").items():
-        value, example = getattr(c, name), getattr(Config, name)
-        require(re.fullmatch(form, value), f"--{name} {value}: give, say, {example}")
-    plain = c.run_id == os.path.basename(c.run_id).lstrip(".")
-    require(plain, f"--run_id {c.run_id}: give a folder's name")
+    least = dict(seq_len=1, num_steps=1, num_layers=1, num_heads=1, head_dim=2, vocab_size=1,
+                 ngram_max=2, batch_tokens=1, val_tokens=1)
+    limits = dict(momentum=1, momentum_start=1, normuon_beta2=1)
+    forms = dict(
+        stages=r"([1-9]\d*:\d+ ?)+", windows="[SL]+", run_id=r"(\w[\w.-]*)?",
+        dtype="auto|float32|bfloat16", compile="auto|on|off", nesterov="on|off", mixing="on|off",
+        matrix_optimizer="|".join(OPTIMIZERS), update_scale="|".join(UPDATE_SCALES))
+    for name, value in vars(c).items():
+        low, high = least.get(name, 0), limits.get(name, math.inf)
+        if name in forms:
+            fits = re.fullmatch(forms[name], value)
+            require(fits, f"--{name} {value}: give {forms[name]}")
+        elif not isinstance(value, str):
+            require(low <= value < high, f"--{name} {value}: give {low} or more, below {high}")
+    for name, unit in dict(val_tokens=c.seq_len, batch_tokens=c.seq_len, head_dim=2).items():
+        value = getattr(c, name)
+        require(value % unit == 0, f"--{name} {value}: give a multiple of {unit}")
     return c
 
 # ==== 2. Processes and log ========================================================
@@ -198,8 +186,7 @@ def join_ranks(timeout: float) -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"  # gloo carries the Python objects of `gather`
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if size > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
     return device
 
@@ -215,11 +202,9 @@ def watch(hosts: list[str]) -> None:
         time.sleep(2)
         lost = [f"rank {r} (host {host})" for r, host in enumerate(hosts)
                 if not store.check([f"alive {r}"])]
-
     time.sleep(1)  # a run that is over ends by itself
-    names = ", ".join(lost) or "no rank"
-    print(f"rank {rank} of {size}: lost {names}; did one die, hang or pass "
-          "--collective_timeout?", file=sys.stderr, flush=True)
+    print(f"rank {rank} of {size}: lost {', '.join(lost) or 'no rank'}; did one die, "
+          "hang or pass --collective_timeout?", file=sys.stderr, flush=True)
     os._exit(1)
 
 def log(run, text: str, console: bool = True) -> None:
@@ -247,8 +232,8 @@ def describe_hardware(device: torch.device) -> str:
 # the number of tokens and the vocabulary (0: GPT-2's), and then the tokens as uint16.
 HEADER_BYTES, MAGIC, VERSION, GPT2_VOCAB_SIZE = 1024, 20240520, 1, 50257
 
-def open_shard(path: str, vocab_size: int) -> np.ndarray:
-    size, remedy = os.path.getsize(path), "delete it, then ./run.sh"
+def open_shard(path: Path, vocab_size: int) -> np.ndarray:
+    size, remedy = path.stat().st_size, "delete it, then ./run.sh"
     header = np.fromfile(path, dtype="<i4", count=4).tolist()
     whole = header[:3] == [MAGIC, VERSION, (size - HEADER_BYTES) / 2]
     require(whole, f"{path}: damaged: header {header} in {size} bytes; {remedy}")
@@ -262,16 +247,15 @@ class Rows:
     # Rows of seq_len tokens and the one after, within a shard. With `cut`, they begin with a
     # document and have at most so many tokens of each. Shards beyond the first `max_rows`
     # rows are left out, so that it does not matter how many there are.
-    def __init__(self, option: str, pattern: str, c: Config, max_rows: int, cut=None):
+    def __init__(self, pattern: str, c: Config, max_rows: int, cut=None):
         self.seq_len, self.cut, self.count, self.documents = c.seq_len, cut, 0, 1
         self.shards, self.firsts, digest = [], [], hashlib.sha256()
-
-        for path in sorted(glob.glob(pattern)):
+        for path in sorted(Path(c.data).glob(pattern)):
             if self.count < max_rows:
                 self.firsts.append(self.count)  # its first row
                 self.add(open_shard(path, c.vocab_size), c)
-                digest.update(Path(path).read_bytes())
-        require(self.count, f"--{option} {pattern}: no row there; run {c.prepare}")
+                digest.update(path.read_bytes())
+        require(self.count, f"--data {c.data}: no row in {pattern}; run {c.prepare}")
         self.sha256 = digest.hexdigest()
     def add(self, tokens: np.ndarray, c: Config) -> None:
         starts = np.zeros(1, dtype=np.int64)  # of documents
@@ -345,8 +329,7 @@ def choose_attention(c: Config, device: torch.device) -> str:
     if device.type == "cpu":
         return "plain products" if c.dtype == "bfloat16" else "torch SDPA"
     works, dtype = False, getattr(torch, c.dtype)
-    x = torch.ones(64, c.num_heads, c.head_dim, device=device, dtype=dtype)
-    x.requires_grad_()
+    x = torch.ones(64, c.num_heads, c.head_dim, device=device, dtype=dtype, requires_grad=True)
     bounds = torch.arange(0, 65, 32, device=device, dtype=torch.int32)
     with contextlib.suppress(RuntimeError):
         varlen_attn(x, x, x, bounds, bounds, 32, 32, window_size=(16, 0)).sum().backward()
@@ -413,7 +396,6 @@ class Ngrams(nn.Module):
     # table, and RowAdam takes the rows' gradients from `touched`.
     def __init__(self, c: Config):
         super().__init__()
-        require(c.ngram_max > 1, f"--ngram_max {c.ngram_max}: give at least 2")
         self.rows, self.sizes = c.ngram_rows, range(2, c.ngram_max + 1)
         dim = min(c.ngram_dim or c.model_dim, c.model_dim)
         self.padding = c.model_dim - dim  # the other channels have none
@@ -549,12 +531,6 @@ class Muon(torch.optim.Optimizer):
         group = self.param_groups.pop()  # a bad group does not stay
         unknown = group.keys() - self.SETTINGS - {"params", "param_names", "initial_lr"}
         require(not unknown, f"Muon: {unknown}: give only {[*self.SETTINGS]}")
-        limits = dict(lr=math.inf, weight_decay=math.inf, momentum=1, beta2=1)
-        good = {name: 0 <= group[name] < limit for name, limit in limits.items()}
-        good |= dict(parts=group["parts"] >= 1, ns_steps=group["ns_steps"] >= 1,
-                     update_scale=group["update_scale"] in UPDATE_SCALES)
-        for name, holds in good.items():
-            require(holds, f"Muon: {name} {group[name]}: give, say, {self.SETTINGS[name]}")
         names = group.get("param_names", ["a parameter"] * len(group["params"]))
         for name, p in zip(names, group["params"], strict=True):
             parts, whole = group["parts"], not hasattr(p, "placements")  # a DTensor's
@@ -575,7 +551,6 @@ class Muon(torch.optim.Optimizer):
             for members in shapes.values():
                 self.update(group, members)
     def update(self, group: dict, members: list) -> None:
-        # The momentum of parameters of one shape.
         mu, directions = group["momentum"], []
         for p in members:
             g, state = p.grad, self.state[p]
@@ -592,11 +567,10 @@ class Muon(torch.optim.Optimizer):
             dist.all_reduce(U)
         if group["beta2"]:  # the rows of a tall matrix are columns here
             means = U.square().mean(1, keepdim=True, dtype=p.dtype)
-            for p, mean in zip(members, means.chunk(len(members)), strict=True):
-                moment = self.state[p].setdefault("second_moment", torch.zeros_like(mean))
-                moment.lerp_(mean, 1 - group["beta2"])
-            moments = torch.cat([self.state[p]["second_moment"] for p in members])
-            even = U * moments.clamp_min(1e-10).rsqrt()
+            state = self.state[members[0]]  # has that of all
+            moment = state.setdefault("second_moment", torch.zeros_like(means))
+            moment.lerp_(means, 1 - group["beta2"])
+            even = U * moment.clamp_min(1e-10).rsqrt()
             size = even.norm(dim=(1, 2), keepdim=True).clamp_min(1e-10)
             U = (even * (U.norm(dim=(1, 2), keepdim=True) / size)).to(U.dtype)
         m, n = p.size(-2) / group["parts"], p.size(-1)
@@ -627,15 +601,15 @@ class RowAdam(torch.optim.Optimizer):
         ids = gather_rows(ids.T.contiguous()).T
         grads = torch.cat([sums.grad.flatten(0, -2) for _, sums in touched])
         grads = gather_rows(grads.div_(ranks()[1]))
-        # The sum of each row's gradients, at each of its places in ids; no size depends
-        # on how many differ, for which the host would wait.
-        ordered, order = ids.flatten().sort()
-        number = torch.empty_like(order)
-        number[order] = F.pad(ordered.diff() != 0, (1, 0)).cumsum(0)
-        sums = grads.new_zeros(len(number), grads.size(1))
-        for part in number.chunk(len(ids)):
-            sums.index_add_(0, part, grads)
-        g, ids = sums.index_select(0, number), ids.flatten()
+        # The sum of each row's gradients, at each of its places in ids: a row that is there
+        # many times is written many times, alike. The host need not know how many differ.
+        if not hasattr(p, "sums"):
+            p.sums = torch.zeros_like(p)
+        for part in ids:
+            p.sums.index_add_(0, part, grads)
+        ids = ids.flatten()
+        g = p.sums.index_select(0, ids)
+        p.sums.index_fill_(0, ids, 0.0)
 
         state = self.state[p]
         if not state:
@@ -648,7 +622,6 @@ class RowAdam(torch.optim.Optimizer):
         p.index_copy_(0, ids, p.index_select(0, ids).addcdiv_(g, size, value=-lr))
 
 def gather_rows(x: torch.Tensor) -> torch.Tensor:
-    # The tensors of all ranks, one after the other.
     if ranks()[1] == 1:
         return x
     everyone = x.new_empty(ranks()[1] * len(x), *x.shape[1:])
@@ -676,9 +649,8 @@ def parameter_table(c: Config) -> list[tuple]:
     embed_lr, mixing_lr = c.lr * c.embed_lr_ratio, c.lr * c.mixing_lr_ratio
     return [
         ("lm_head.weight", "adamw", c.lr, 0.0, 1),
-        ("embed.weight", "adamw", embed_lr, 0.0, 1),
+        ("*embed*.weight", "adamw", embed_lr, 0.0, 1),
         ("ngrams.table", "row_adam", embed_lr, 0.0, 1),
-        ("value_embeds.*", "adamw", embed_lr, 0.0, 1),
         ("blocks.*.mix", "adamw", mixing_lr, 0.0, 1),
         ("blocks.*.qkv.weight", matrix, matrix_lr, decay, parts),
         ("blocks.*.weight", matrix, matrix_lr, decay, 1)]
@@ -714,8 +686,7 @@ def lr_multiplier(c: Config, step: int) -> float:
 def muon_momentum(c: Config, step: int) -> float:
     if step >= c.momentum_warmup_steps:
         return c.momentum
-    share = step / c.momentum_warmup_steps
-    return c.momentum_start + share * (c.momentum - c.momentum_start)
+    return c.momentum_start + step / c.momentum_warmup_steps * (c.momentum - c.momentum_start)
 
 def batch_rows(c: Config, step: int) -> int:
     return stage(c, step)[0] * c.batch_tokens // c.seq_len
@@ -743,39 +714,25 @@ def evaluate(run, text: Rows, rows: range) -> float:
     model, size, mine = run.model.eval(), run.micro_batch, rows[ranks()[0]::ranks()[1]]
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     for start in range(0, len(mine), size):
-        part = mine[start:start + size]
-        # No other size, which would be compiled: copies fill the last, uncounted.
-        tokens = text.read([*part] + [part[0]] * (size - len(part)))
-        tokens = tokens.to(run.device, torch.int64)
-        targets = tokens[:, 1:].clone()
-        targets[len(part):] = -100  # what cross_entropy ignores
+        tokens = text.read(mine[start:start + size]).to(run.device, torch.int64)
         x_BTD = model.hidden(tokens[:, :-1], run.config.val_window)
-        loss = run.validation_loss(model, x_BTD, targets)
-        total += loss.double() * len(part)
+        loss = run.validation_loss(model, x_BTD, tokens[:, 1:])
+        total += loss.double() * len(tokens)
     model.train()
     return sum(gather(total.item())) / len(rows)
 
 # ==== 8. Checkpoints ==============================================================
-class State:
-    # What training changes: parts that have a state_dict. A checkpoint holds it.
-    def __init__(self, **parts):
-        self.step, self.seconds, self.parts = 0, 0.0, parts
-    def state_dict(self) -> dict:
-        content = dict(step=self.step, seconds=self.seconds, rng=torch.get_rng_state())
-        return content | {name: part.state_dict() for name, part in self.parts.items()}
-    def load_state_dict(self, content: dict) -> None:
-        self.step, self.seconds = content["step"], content["seconds"]
-        torch.set_rng_state(content["rng"])
-        for name, part in self.parts.items():
-            part.load_state_dict(content[name])
+# What training changes: run.step, run.seconds and run.saved, parts that have a state_dict.
+def state_dict(run) -> dict:
+    content = dict(config=vars(run.config), sha256=run.sha256, step=run.step,
+                   seconds=run.seconds, rng=torch.get_rng_state())
+    return content | {name: part.state_dict() for name, part in run.saved.items()}
 
-def save_checkpoint(path: Path, content: dict) -> None:
-    # Writes beside `path` and renames, so that the file at `path` is always whole.
-    with open(f"{path}.part", "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+def load_state_dict(run, content: dict) -> None:
+    run.step, run.seconds = content["step"], content["seconds"]
+    torch.set_rng_state(content["rng"])
+    for name, part in run.saved.items():
+        part.load_state_dict(content[name])
 
 def load_checkpoint(folder: str) -> dict:
     path = Path(folder, "checkpoint.pt")
@@ -787,21 +744,21 @@ def load_checkpoint(folder: str) -> dict:
 # ==== 9. The run ==================================================================
 def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
     # Prepares all that a run needs. Bad input is an error here, before anything trains.
-    run = SimpleNamespace(device=device, signals=[], unread=[], stopping=False)
+    run = SimpleNamespace(device=device, step=0, seconds=0.0, unread=[], signals=[])
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: run.signals.append(number))
     sizes = [batch_rows(c, step) for step in range(c.num_steps)]
     run.starts = np.cumsum([0, *sizes]).tolist()
     least = math.gcd(*sizes)  # rows, so that all stages run as many at once
-    share, left = divmod(least, ranks()[1])
-    require(left == 0, f"--nproc_per_node {ranks()[1]}: give a divisor of {least} rows")
+    fits = least % ranks()[1] == 0
+    require(fits, f"--nproc_per_node {ranks()[1]}: give a divisor of {least} rows")
     cut = min(c.document_tokens, c.seq_len) or None
-    run.train_rows = Rows("train_files", c.train_files, c, run.starts[-1], cut)
-    run.val_rows = Rows("val_files", c.val_files, c, c.val_tokens // c.seq_len)
-    there = all(gather(glob.glob(c.second_files)))
-    run.second = there and Rows("second_files", c.second_files, c, 2048)
+    run.train_rows = Rows("*train_*.bin", c, run.starts[-1], cut)
+    run.val_rows = Rows("*val_*.bin", c, c.val_tokens // c.seq_len)
+    there = all(gather(any(Path(c.data).glob("second/*.bin"))))  # another text
+    run.second = there and Rows("second/*.bin", c, 2048)
     fits = run.val_rows.count * c.seq_len >= c.val_tokens
-    require(fits, f"--val_tokens {c.val_tokens}: --val_files {c.val_files} has fewer")
+    require(fits, f"--val_tokens {c.val_tokens}: {c.data} has fewer")
     run.sha256 = dict(train=run.train_rows.sha256, val=run.val_rows.sha256)
     same = resumed.get("sha256", run.sha256) == run.sha256
     require(same, f"--resume {c.resume}: it read other data; give that")
@@ -811,12 +768,11 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
     run.config = c = dataclasses.replace(
         c, run_id=gather(c.run_id or new_id)[0], dtype=c.dtype.replace("auto", dtype))
     run.compiled = c.compile == "on" or (c.compile == "auto" and device.type == "cuda")
-    run.micro_batch = micro_batch_rows(c, share, device)
+    run.micro_batch = micro_batch_rows(c, least // ranks()[1], device)
     run.folder = Path(c.log_dir, c.run_id)
     taken = gather((run.folder / "log.txt").exists())[0] and not resumed
     require(not taken, f"--run_id {c.run_id}: has run; give another")
     run.folder.mkdir(parents=True, exist_ok=True)
-
     torch.manual_seed(c.seed)
     run.model = run.ddp = GPT(c).initialize().to(device)
     run.attention = choose_attention(c, device)
@@ -824,7 +780,7 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
     texts = run.train_rows, run.val_rows, run.second or run.val_rows
     run.model.most_documents = run.micro_batch * max(text.documents for text in texts)
     run.optimizers, run.table = make_optimizers(run.model, c)
-    run.state = State(model=run.model, **run.optimizers)
+    run.saved = dict(model=run.model, **run.optimizers)  # in a checkpoint
     run.validation_loss = validation_loss
     if run.compiled:
         # Blocks, not the model: quick to compile. DDP need not split them at its buckets.
@@ -862,16 +818,16 @@ def prime(run, start: dict) -> None:
     c, clock, few = run.config, time.perf_counter(), run.micro_batch * ranks()[1]
     tokens = run.train_rows.read([0] * 2 * run.micro_batch).to(run.device, torch.int64)
     firsts = {stage(c, step): step for step in reversed(range(c.num_steps))}
-    for run.state.step in [*firsts.values()] * c.prime_steps:
+    for run.step in [*firsts.values()] * c.prime_steps:
         train_step(run, tokens)
         evaluate(run, run.val_rows, range(min(run.val_rows.count, few)))
     run.unread.clear()
-    run.state.load_state_dict(start)
+    load_state_dict(run, start)
     torch._dynamo.utils.counters.clear()  # counts what is compiled from here on
     run.prime_seconds = time.perf_counter() - clock
     log(run, f"priming: {run.prime_seconds:.1f} s")
 
-def accumulate_gradients(model, tokens, micro_batch: int, window: int = 0) -> torch.Tensor:
+def accumulate_gradients(model, tokens, micro_batch: int, window: int = 0):
     parts, total = tokens.split(micro_batch), 0.0
     # DDP's gradients are views of its buckets: new ones would have to be copied there.
     model.zero_grad(set_to_none=not hasattr(model, "no_sync"))
@@ -885,14 +841,14 @@ def accumulate_gradients(model, tokens, micro_batch: int, window: int = 0) -> to
     return total
 
 def train_step(run, tokens: torch.Tensor) -> None:
-    c, step = run.config, run.state.step
+    c, step = run.config, run.step
     loss = accumulate_gradients(run.ddp, tokens, run.micro_batch, stage(c, step)[1])
     set_schedules(run.optimizers, c, step)
     for optimizer in run.optimizers.values():
         optimizer.step()
     # What is logged of the step, each as its mean over the ranks.
     run.unread.append(dict(train_loss=loss))
-    run.state.step += 1
+    run.step += 1
 
 def read_steps(run) -> None:
     # Logs the steps since the last call. Only here does the host wait for a GPU.
@@ -901,38 +857,43 @@ def read_steps(run) -> None:
     run.stopping = any(signals for _, signals in everyone)
     means = torch.tensor([values for values, _ in everyone]).div(len(everyone)).sum(0)
     now = time.perf_counter()
-    for step, row in enumerate(means.tolist(), run.state.step - len(means) + 1):
-        run.state.seconds += (now - run.clock) / len(means)
+    for step, row in enumerate(means.tolist(), run.step - len(means) + 1):
+        run.seconds += (now - run.clock) / len(means)
         pairs = " ".join(f"{k}:{x:.6f}" for k, x in zip(run.unread[0], row, strict=True))
         log_step(run, step, pairs, console=step <= 10 or step % 10 == 0)
         require(math.isfinite(sum(row)), f"step {step}: {pairs}: not finite; lower --lr")
     run.clock, run.unread = now, []
 
 def log_step(run, step: int, pairs: str, console: bool = True) -> None:
-    ms = 1e3 * run.state.seconds
+    ms = 1e3 * run.seconds
     log(run, f"step:{step}/{run.config.num_steps} {pairs} train_time:{ms:.0f}ms "
         f"step_avg:{ms / step:.2f}ms", console)
 
 def validate(run) -> float:
     loss = evaluate(run, run.val_rows, range(run.config.val_tokens // run.config.seq_len))
-    log_step(run, run.state.step, f"val_loss:{loss:.6f}")
+    log_step(run, run.step, f"val_loss:{loss:.6f}")
     return loss
 
 def save(run) -> None:
-    path, step = run.folder / "checkpoint.pt", run.state.step
+    path, step = run.folder / "checkpoint.pt", run.step
     finite = all(bool(p.isfinite().all()) for p in run.model.parameters())
     require(finite, f"step {step}: a weight is not finite; lower --lr")
     if ranks()[0] == 0:
-        content = dict(config=vars(run.config), sha256=run.sha256)
-        save_checkpoint(path, content | run.state.state_dict())
+        # Writes beside `path` and renames, so that the file at `path` is always whole.
+        with open(f"{path}.part", "wb") as file:
+            torch.save(state_dict(run), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, path)
     gather(None)  # no rank leaves before the file is whole
     log(run, f"checkpoint: {path} at step {step}/{run.config.num_steps}")
 
 def summarize(run, val_loss: float) -> None:
-    c, seconds = run.config, run.state.seconds
+    c, seconds = run.config, run.seconds
     # Other data, or fewer validation tokens than the track's, give another loss.
-    there = [c.train_sha256, c.val_sha256, Config(**TRACKS[c.track]).val_tokens]
-    comparable = [*run.sha256.values(), c.val_tokens] == there if all(there) else None
+    there = [*c.sha256.split(), Config(**TRACKS[c.track]).val_tokens]
+    digests = [digest[:16] for digest in run.sha256.values()]
+    comparable = [*digests, c.val_tokens] == there if c.sha256 else None
     sizes = {name: p.numel() for name, p in run.model.named_parameters()}
     looked_up = sum(sizes[name] for name in sizes if "embed" in name or "table" in name)
     second = run.second and evaluate(run, run.second, range(run.second.count)[:2048])
@@ -953,25 +914,25 @@ gpu_memory_gib: {max(gather(torch.cuda.max_memory_allocated())) / 2**30:.2f}""")
 
 def train(c: Config, device: torch.device, resumed: dict) -> int:
     run = set_up(c, device, resumed)
-    c, state = run.config, run.state
+    c = run.config
     log_header(run)
-    prime(run, resumed or copy.deepcopy(state.state_dict()))
-    loader = load_batches(run.train_rows, run.starts, c.seed, device, state.step)
+    prime(run, resumed or copy.deepcopy(state_dict(run)))
+    loader = load_batches(run.train_rows, run.starts, c.seed, device, run.step)
     every = dict(read=10 if device.type == "cuda" else 1,  # a GPU never waits for the host
                  save=c.save_every, validate=c.val_every)
-    run.clock = time.perf_counter()
-    while state.step < c.num_steps and not run.stopping:
+    run.clock, run.stopping = time.perf_counter(), False
+    while run.step < c.num_steps and not run.stopping:
         train_step(run, next(loader))
-        due = [name for name in every if every[name] and state.step % every[name] == 0]
-        if due or state.step == c.num_steps:
+        due = [name for name in every if every[name] and run.step % every[name] == 0]
+        if due or run.step == c.num_steps:
             read_steps(run)  # stops the clock, which counts training alone
             if "save" in due or run.stopping:
                 save(run)
-            if "validate" in due and state.step < c.num_steps:
+            if "validate" in due and run.step < c.num_steps:
                 validate(run)
             run.clock = time.perf_counter()
-    if state.step < c.num_steps:
-        log(run, f"stopped at step {state.step}/{c.num_steps}; --resume {run.folder}")
+    if run.step < c.num_steps:
+        log(run, f"stopped at step {run.step}/{c.num_steps}; --resume {run.folder}")
         return 128 + (run.signals or [signal.SIGTERM])[0]
     summarize(run, validate(run))
     return 0
@@ -983,15 +944,14 @@ def main(arguments: list[str]) -> int:
         c = make_config(given, resumed.get("config"))
         device = join_ranks(c.collective_timeout)
         if ranks()[1] > 1:
-            hosts = gather(platform.node())
-            threading.Thread(target=watch, args=[hosts], daemon=True).start()
+            threading.Thread(target=watch, args=[gather(platform.node())], daemon=True).start()
         return train(c, device, resumed)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RuntimeError:
         if ranks()[1] > 1:
-            traceback.print_exc()
+            sys.excepthook(*sys.exc_info())
             next(dist.rendezvous("env://"))[0].set("failed", "")
             time.sleep(10)  # `watch` ends the process
         raise

@@ -158,7 +158,7 @@ def test_attention_of_a_cpu_against_float64(length):
 
 
 def test_an_ngram_of_one_token_is_refused():
-    with pytest.raises(train_gpt.RunError, match="--ngram_max 1: give at least 2"):
+    with pytest.raises(train_gpt.RunError, match="--ngram_max 1: give 2 or more"):
         train_gpt.GPT(train_gpt.make_config(dict(track="tiny", ngram_max=1)))
 
 

@@ -189,14 +189,10 @@ def test_muon_refuses_what_does_not_belong(name, shape, parts, words):
     train_gpt.Muon([("embedder.weight", good)])     # a name alone says nothing
 
 
-@pytest.mark.parametrize("setting", [
-    dict(lr=-0.1), dict(lr=float("nan")), dict(momentum=1.5), dict(momentum=1.0), dict(momentum=-0.1), dict(beta2=1.0),
-    dict(weight_decay=-1), dict(parts=0), dict(ns_steps=0), dict(update_scale="sqrt"), dict(nesterof=True)])
-def test_bad_settings_are_refused_in_the_constructor_and_in_a_group(setting):
-    (name, value), = setting.items()
-    for make in (lambda: train_gpt.Muon([parameter(8, 4)], **setting),
-                 lambda: train_gpt.Muon([dict(params=[parameter(8, 4)], **setting)])):
-        with pytest.raises(ValueError, match=name):
+def test_unknown_settings_are_refused_in_the_constructor_and_in_a_group():
+    for make in (lambda: train_gpt.Muon([parameter(8, 4)], nesterof=True),
+                 lambda: train_gpt.Muon([dict(params=[parameter(8, 4)], nesterof=True)])):
+        with pytest.raises(ValueError, match="nesterof"):
             make()
 
 
