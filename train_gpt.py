@@ -362,11 +362,15 @@ class Attention(nn.Module):
         self.num_heads, self.scale = c.num_heads, c.attention_scale
         self.qkv = Linear(c.model_dim, 3 * c.model_dim, bias=False)  # rows of Q, K, V
         self.proj = Linear(c.model_dim, c.model_dim, bias=False)
-    def forward(self, x_BTD, values_BTD, seen, cos, sin):
+    def forward(self, x_BTD, values_BTD, seen, cos, sin, past):
         q, k, v = self.qkv(x_BTD).unflatten(2, (3, self.num_heads, -1)).unbind(2)
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
         if values_BTD is not None:
             v = v + values_BTD.view_as(v)
+        if past:
+            k, v = torch.cat((past[0], k), 1), torch.cat((past[1], v), 1)
+        if past is not None:
+            past[:] = k, v
         return self.proj(attend(q, k, v, self.scale, seen).flatten(2))
 
 class MLP(nn.Module):
@@ -463,23 +467,30 @@ class GPT(nn.Module):
             seen = seen & (number[..., None] == number[..., None, :])
         mask = torch.zeros_like(seen, dtype=getattr(torch, c.dtype))
         return mask.masked_fill_(~seen, -torch.inf)
-    def hidden(self, tokens_BT, window: int = 0):
-        # window: of the long layers (0: the whole row).
+    def hidden(self, tokens_BT, window: int = 0, past: list | None = None):
+        # window: of the long layers (0: the whole row). past: for each layer its keys and
+        # values of the first tokens, [] at first; only the tokens after those are computed.
         c, dtype = self.config, getattr(torch, self.config.dtype)
+        past = past or [None] * c.num_layers
+        known = past[0][0].size(1) if past[0] else 0
         x_BTD = self.embed(tokens_BT)
         if self.ngrams:
             x_BTD = x_BTD + self.ngrams(tokens_BT)
-        x_BTD = embedded_BTD = norm(x_BTD.to(dtype))
+        x_BTD = embedded_BTD = norm(x_BTD[:, known:].to(dtype))
         # The last layers have the value embeddings of the first.
-        values = [embed(tokens_BT).to(dtype) for embed in self.value_embeds]
+        values = [embed(tokens_BT[:, known:]).to(dtype) for embed in self.value_embeds]
         values += [None] * (c.num_layers - 2 * len(values)) + values
 
         windows = dict(L=window, S=window // 2)
         seen = {kind: self.seen(tokens_BT, windows[kind]) for kind in set(c.windows)}
-        cos, sin = rotary_tables(x_BTD.size(1), c.head_dim, x_BTD.device)
+        if known:
+            seen = {kind: mask[..., known:, :] for kind, mask in seen.items()}
+        cos, sin = rotary_tables(tokens_BT.size(1), c.head_dim, x_BTD.device)
+
         for layer, block in enumerate(self.blocks):
             kind = c.windows[layer % len(c.windows)]
-            x_BTD = block(x_BTD, embedded_BTD, values[layer], seen[kind], cos, sin)
+            x_BTD = block(x_BTD, embedded_BTD, values[layer], seen[kind], cos[known:],
+                          sin[known:], past[layer])
         return x_BTD
     def logits(self, x_BTD):
         cap = self.config.logit_softcap
@@ -918,7 +929,7 @@ def train(c: Config, device: torch.device, resumed: dict) -> int:
     log_header(run)
     prime(run, resumed or copy.deepcopy(state_dict(run)))
     loader = load_batches(run.train_rows, run.starts, c.seed, device, run.step)
-    every = dict(read=10 if device.type == "cuda" else 1,  # a GPU never waits for the host
+    every = dict(read=10 if device.type == "cuda" else 1,  # a GPU waits for no host
                  save=c.save_every, validate=c.val_every)
     run.clock, run.stopping = time.perf_counter(), False
     while run.step < c.num_steps and not run.stopping:
