@@ -13,6 +13,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import fcntl
 import fnmatch
 import hashlib
 import inspect
@@ -27,7 +28,6 @@ import threading
 import time
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -35,14 +35,27 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils._pytree import tree_flatten_with_path
 
 
 class RunError(ValueError):
     """Bad input: names the file or option, value and remedy."""
 
+HERE = Path(__file__).resolve().parent
+FULL = "make room or give another --log_dir, then --resume the run"
+
 def require(holds, message: str) -> None:
     if not holds:
         raise RunError(message)
+
+@contextlib.contextmanager
+def naming(path, remedy: str = FULL):
+    # What goes wrong with a file inside: an error that names it.
+    try:
+        yield
+    except Exception as error:  # torch raises many types
+        reason = getattr(error, "strerror", None) or "cannot be read or written whole"
+        raise RunError(f"{path}: {reason}; {remedy}") from error
 
 # ==== 1. Config: every knob of a run, and an option: --lr 0.003 ===================
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +117,8 @@ class Config:
     collective_timeout: float = 600.0  # seconds
     model_dim = property(lambda self: self.num_heads * self.head_dim)
     padded_vocab_size = property(lambda self: math.ceil(self.vocab_size / 64) * 64)
+    # Where there is no such folder here, it is that of the repository.
+    folder = property(lambda self: max(Path(self.data), HERE / self.data, key=Path.exists))
 
 TRACKS = {
     "small": dict(),
@@ -149,15 +164,17 @@ def make_config(given: dict, saved: dict | None = None) -> Config:
             same = given[name] == saved[name]
             require(same, f"--{name} {given[name]}: the run has {saved[name]}; leave it out")
         c = Config(**saved | dict(log_dir=str(folder.parent), run_id=folder.name) | given)
-    least = dict(seq_len=1, num_steps=1, num_layers=1, num_heads=1, head_dim=2, vocab_size=1,
-                 ngram_max=2, batch_tokens=1, val_tokens=1)
-    limits = dict(momentum=1, momentum_start=1, normuon_beta2=1)
+    limits = dict(
+        momentum=(0, 1), momentum_start=(0, 1), normuon_beta2=(0, 1), num_steps=(1, 10**6),
+        num_layers=(1, 10**3), num_heads=(1, 10**3), head_dim=(2, 1025), seq_len=(1, 2**20),
+        vocab_size=(1, 2**16), ngram_max=(2, 99), batch_tokens=(1, 2**30), val_tokens=(1, 2**30))
     forms = dict(
-        stages=r"([1-9]\d*:\d+ ?)+", windows="[SL]+", run_id=r"(\w[\w.-]*)?",
-        dtype="auto|float32|bfloat16", compile="auto|on|off", nesterov="on|off", mixing="on|off",
-        matrix_optimizer="|".join(OPTIMIZERS), update_scale="|".join(UPDATE_SCALES))
+        stages=r"([1-9]\d?:\d{1,7} ?){1,99}", windows="[SL]+", run_id=r"(\w[\w.-]{,99})?",
+        dtype="auto|float32|bfloat16", compile="auto|on|off", nesterov="on|off",
+        mixing="on|off", matrix_optimizer="|".join(OPTIMIZERS),
+        update_scale="|".join(UPDATE_SCALES))
     for name, value in vars(c).items():
-        low, high = least.get(name, 0), limits.get(name, math.inf)
+        low, high = limits.get(name, (0, 10**9))
         if name in forms:
             fits = re.fullmatch(forms[name], value)
             require(fits, f"--{name} {value}: give {forms[name]}")
@@ -209,13 +226,14 @@ def watch(hosts: list[str]) -> None:
 
 def log(run, text: str, console: bool = True) -> None:
     if ranks()[0] == 0:
-        with open(run.folder / "log.txt", "a", encoding="utf-8") as file:
+        path = run.folder / "log.txt"
+        with naming(path), open(path, "a", encoding="utf-8") as file:
             print(text, file=file)
         if console:
             print(text, flush=True)
 
 def has_bf16_units(device: torch.device) -> bool:
-    # Older GPUs and most laptops' CPUs only emulate it; torch 2.11 does not say for a CPU.
+    # Older GPUs and most CPUs only emulate it; torch 2.11 does not say for a CPU.
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     found = getattr(torch.cpu, "get_capabilities", dict)()
@@ -233,31 +251,34 @@ def describe_hardware(device: torch.device) -> str:
 HEADER_BYTES, MAGIC, VERSION, GPT2_VOCAB_SIZE = 1024, 20240520, 1, 50257
 
 def open_shard(path: Path, vocab_size: int) -> np.ndarray:
-    size, remedy = path.stat().st_size, "delete it, then ./run.sh"
-    header = np.fromfile(path, dtype="<i4", count=4).tolist()
-    whole = header[:3] == [MAGIC, VERSION, (size - HEADER_BYTES) / 2]
-    require(whole, f"{path}: damaged: header {header} in {size} bytes; {remedy}")
-    vocab = header[3] or GPT2_VOCAB_SIZE
-    require(vocab == vocab_size, f"{path}: vocabulary {vocab}; give --vocab_size {vocab}")
-    tokens = np.memmap(path, dtype="<u2", mode="r")[HEADER_BYTES // 2:]
+    # Read whole: what happens to the file during a run changes nothing.
+    remedy = "move it away, then ./run.sh"
+    with naming(path, remedy):
+        data = path.read_bytes()
+    header = np.frombuffer(data[:16].ljust(16), dtype="<i4").tolist()
+    size, vocab = (len(data) - HEADER_BYTES) / 2, header[3] or GPT2_VOCAB_SIZE
+    whole = [*header[:3], vocab] == [MAGIC, VERSION, size, vocab_size]
+    require(whole, f"{path}: header {header} in {len(data)} bytes: damaged, or not of "
+            f"--vocab_size {vocab_size}; {remedy}")
+    tokens = np.frombuffer(data, dtype="<u2", offset=HEADER_BYTES)
     require(tokens.max(initial=0) < vocab, f"{path}: a token is {vocab} or more; {remedy}")
     return tokens
 
 class Rows:
-    # Rows of seq_len tokens and the one after, within a shard. With `cut`, they begin with a
-    # document and have at most so many tokens of each. Shards beyond the first `max_rows`
+    # Rows of seq_len tokens and the one after, within a shard. With `cut`, they begin with
+    # a document and have at most so many tokens of each. Shards beyond the first `max_rows`
     # rows are left out, so that it does not matter how many there are.
     def __init__(self, pattern: str, c: Config, max_rows: int, cut=None):
         self.seq_len, self.cut, self.count, self.documents = c.seq_len, cut, 0, 1
-        self.shards, self.firsts, digest = [], [], hashlib.sha256()
-        for path in sorted(Path(c.data).glob(pattern)):
+        self.shards, self.firsts, self.digest = [], [], hashlib.sha256()
+        for path in sorted(c.folder.glob(pattern)):
             if self.count < max_rows:
                 self.firsts.append(self.count)  # its first row
                 self.add(open_shard(path, c.vocab_size), c)
-                digest.update(path.read_bytes())
-        require(self.count, f"--data {c.data}: no row in {pattern}; run {c.prepare}")
-        self.sha256 = digest.hexdigest()
+        require(self.count, f"--data {c.folder}: no row in {pattern}; run {c.prepare}")
+        self.sha256 = self.digest.hexdigest()
     def add(self, tokens: np.ndarray, c: Config) -> None:
+        self.digest.update(tokens.base)  # the whole file
         starts = np.zeros(1, dtype=np.int64)  # of documents
         if c.document_tokens:
             starts = np.union1d(starts, np.flatnonzero(tokens == c.vocab_size - 1))
@@ -360,17 +381,16 @@ class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.num_heads, self.scale = c.num_heads, c.attention_scale
-        self.qkv = Linear(c.model_dim, 3 * c.model_dim, bias=False)  # rows of Q, K, V
-        self.proj = Linear(c.model_dim, c.model_dim, bias=False)
+        for name in ("query", "key", "value", "proj"):
+            self.add_module(name, Linear(c.model_dim, c.model_dim, bias=False))
     def forward(self, x_BTD, values_BTD, seen, cos, sin, past):
-        q, k, v = self.qkv(x_BTD).unflatten(2, (3, self.num_heads, -1)).unbind(2)
+        layers = self.query, self.key, self.value
+        q, k, v = [layer(x_BTD).unflatten(2, (self.num_heads, -1)) for layer in layers]
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
         if values_BTD is not None:
             v = v + values_BTD.view_as(v)
         if past:
-            k, v = torch.cat((past[0], k), 1), torch.cat((past[1], v), 1)
-        if past is not None:
-            past[:] = k, v
+            k, v = past[:] = torch.cat((past[0], k), 1), torch.cat((past[1], v), 1)
         return self.proj(attend(q, k, v, self.scale, seen).flatten(2))
 
 class MLP(nn.Module):
@@ -395,8 +415,8 @@ class Block(nn.Module):
         return x_BTD + self.mlp(norm(x_BTD))
 
 class Ngrams(nn.Module):
-    # Sums, for each token, the embeddings of the 2-, 3- ... grams that end with it: rows of
-    # a table, by their hash. A step touches few of them: autograd and DDP do not see the
+    # Sums, for each token, the embeddings of the 2-, 3- ... grams that end with it: rows
+    # of a table, by their hash. A step touches few of them: autograd and DDP do not see the
     # table, and RowAdam takes the rows' gradients from `touched`.
     def __init__(self, c: Config):
         super().__init__()
@@ -435,19 +455,18 @@ class GPT(nn.Module):
     def initialize(self) -> "GPT":
         # Draws the weights on the CPU, so that they are the same everywhere.
         std = 0.5 * self.config.model_dim ** -0.5
-        stds = {"embed.weight": 1.0, "qkv.weight": std, "up.weight": std,
-                "lm_head.weight": 0.0, "proj.weight": 0.0, "table": 0.0, "mix": 0.0,
-                "value_embeds.*": 0.0}
+        stds = {"embed.weight": 1.0, "value_embeds.*": 0.0, "table": 0.0, "mix": 0.0,
+                "lm_head.weight": 0.0, "proj.weight": 0.0, "blocks.*.weight": std}
         generator = torch.Generator().manual_seed(self.config.seed)
         for name, p in self.named_parameters():
             fits = [stds[end] for end in stds if fnmatch.fnmatchcase(name, f"*{end}")]
             require(fits, f"parameter {name}: add it to GPT.initialize")
             nn.init.normal_(p, 0.0, fits[0], generator)
         return self
-    def seen(self, tokens_BT, window: int):
+    def seen(self, tokens_BT, window: int, known: int = 0):
         # What a token sees: its document, `window` tokens back at most (0: all). For
         # varlen_attn: bounds of the documents in the flattened rows, their greatest length
-        # and the window; otherwise a mask (T, T) or (B, 1, T, T).
+        # and the window; otherwise a mask (T, T) or (B, 1, T, T), from row `known` on.
         c, size = self.config, tokens_BT.size(1)
         first_BT = tokens_BT == (c.vocab_size - 1 if c.document_tokens else -1)
         first_BT[:, 0] = True
@@ -466,13 +485,12 @@ class GPT(nn.Module):
             number = first_BT.cumsum(1)[:, None]
             seen = seen & (number[..., None] == number[..., None, :])
         mask = torch.zeros_like(seen, dtype=getattr(torch, c.dtype))
-        return mask.masked_fill_(~seen, -torch.inf)
+        return mask.masked_fill_(~seen, -torch.inf)[..., known:, :]
     def hidden(self, tokens_BT, window: int = 0, past: list | None = None):
-        # window: of the long layers (0: the whole row). past: for each layer its keys and
-        # values of the first tokens, [] at first; only the tokens after those are computed.
+        # window: of the long layers (0: the whole row). past: of each layer the keys and
+        # values of the first tokens (B, T, H, K); only the tokens after those are computed.
         c, dtype = self.config, getattr(torch, self.config.dtype)
-        past = past or [None] * c.num_layers
-        known = past[0][0].size(1) if past[0] else 0
+        known = past[0][0].size(1) if past else 0
         x_BTD = self.embed(tokens_BT)
         if self.ngrams:
             x_BTD = x_BTD + self.ngrams(tokens_BT)
@@ -480,17 +498,14 @@ class GPT(nn.Module):
         # The last layers have the value embeddings of the first.
         values = [embed(tokens_BT[:, known:]).to(dtype) for embed in self.value_embeds]
         values += [None] * (c.num_layers - 2 * len(values)) + values
-
         windows = dict(L=window, S=window // 2)
-        seen = {kind: self.seen(tokens_BT, windows[kind]) for kind in set(c.windows)}
-        if known:
-            seen = {kind: mask[..., known:, :] for kind, mask in seen.items()}
+        seen = {kind: self.seen(tokens_BT, windows[kind], known) for kind in set(c.windows)}
         cos, sin = rotary_tables(tokens_BT.size(1), c.head_dim, x_BTD.device)
 
         for layer, block in enumerate(self.blocks):
             kind = c.windows[layer % len(c.windows)]
             x_BTD = block(x_BTD, embedded_BTD, values[layer], seen[kind], cos[known:],
-                          sin[known:], past[layer])
+                          sin[known:], past[layer] if past else None)
         return x_BTD
     def logits(self, x_BTD):
         cap = self.config.logit_softcap
@@ -524,34 +539,30 @@ class Muon(torch.optim.Optimizer):
         v <- mu v + (1 - mu) g;   u <- orthogonalize((1 - mu) g + mu v)
         W <- (1 - lr weight_decay) W - lr scale(m, n) u
 
-    (Jordan et al. 2024, kellerjordan.github.io/posts/muon). A parameter is a matrix, `parts`
-    of them one above the other (a fused QKV), or a bank (k, m, n); flatten filters. Not for
-    embeddings, the output layer, gains, biases. All ranks must have the same gradients.
+    (Jordan et al. 2024, kellerjordan.github.io/posts/muon). A parameter is a matrix or a bank
+    of them (k, m, n); split a fused QKV, flatten filters. Not for embeddings, the output
+    layer, gains, biases. All ranks must have the same gradients. Without `nesterov` u is of
+    v alone. NorMuon (Li et al. 2025, arXiv:2510.05491), beta2 > 0, divides each row of u (if
+    m < n, unlike the paper, each column) by its running RMS, and keeps the norm of u.
     """
-    SETTINGS = dict(
-        lr=0.02, momentum=0.95, weight_decay=0.0, parts=1, update_scale="sqrt_ratio",
-        nesterov=True,  # False: u is of v alone
-        # NorMuon (Li et al. 2025, arXiv:2510.05491): divides each row of u (if m < n, unlike
-        # the paper, each column) by its running RMS, and keeps the norm of u. 0: off.
-        beta2=0.0, ns_steps=5, ns_dtype=None)
     orthogonalize = staticmethod(orthogonalize)  # set_up may compile it
-    def __init__(self, params, **settings):
-        super().__init__(params, self.SETTINGS | settings)
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, beta2=0.0,
+                 update_scale="sqrt_ratio", nesterov=True, ns_steps=5, ns_dtype=None):
+        super().__init__(params, dict(
+            lr=lr, momentum=momentum, weight_decay=weight_decay, beta2=beta2,
+            update_scale=update_scale, nesterov=nesterov, ns_steps=ns_steps,
+            ns_dtype=ns_dtype))
     def add_param_group(self, group: dict) -> None:
         super().add_param_group(group)
-        group = self.param_groups.pop()  # a bad group does not stay
-        unknown = group.keys() - self.SETTINGS - {"params", "param_names", "initial_lr"}
-        require(not unknown, f"Muon: {unknown}: give only {[*self.SETTINGS]}")
-        names = group.get("param_names", ["a parameter"] * len(group["params"]))
-        for name, p in zip(names, group["params"], strict=True):
-            parts, whole = group["parts"], not hasattr(p, "placements")  # a DTensor's
-            fits = p.ndim in (2, 3) and p.size(0) % parts == 0 and (parts == 1 or p.ndim == 2)
-            require(whole and fits, f"Muon: {name}, {tuple(p.shape)}: give whole matrices of "
-                    f"{parts} equal parts; flatten filters; AdamW takes the rest")
-        self.param_groups.append(group)
-    def wide(self, x: torch.Tensor, group: dict) -> torch.Tensor:
+        params = self.param_groups[-1]["params"]
+        names = self.param_groups[-1].get("param_names", ["a parameter"] * len(params))
+        for name, p in zip(names, params, strict=True):
+            fits = p.ndim in (2, 3) and not hasattr(p, "placements")  # which a DTensor has
+            require(fits, f"Muon: {name}, {tuple(p.shape)}: give whole matrices; flatten "
+                    "filters; AdamW takes the rest")
+    def wide(self, x: torch.Tensor) -> torch.Tensor:
         # A view of x as matrices (k, m, n), transposed where m >= n.
-        x = x.unflatten(-2, (group["parts"], -1)).flatten(0, -3)
+        x = x.view(-1, *x.shape[-2:])
         return x.mT if x.size(1) >= x.size(2) else x
     @torch.no_grad()
     def step(self):
@@ -568,7 +579,7 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(p)
             v = state["momentum_buffer"].lerp_(g, 1 - mu)
-            directions.append(self.wide(g.lerp(v, mu) if group["nesterov"] else v, group))
+            directions.append(self.wide(g.lerp(v, mu) if group["nesterov"] else v))
         # Each rank orthogonalizes a share, and leaves zeros for the others.
         G = torch.cat(directions)
         U = torch.zeros_like(G, dtype=group["ns_dtype"])
@@ -584,12 +595,11 @@ class Muon(torch.optim.Optimizer):
             even = U * moment.clamp_min(1e-10).rsqrt()
             size = even.norm(dim=(1, 2), keepdim=True).clamp_min(1e-10)
             U = (even * (U.norm(dim=(1, 2), keepdim=True) / size)).to(U.dtype)
-        m, n = p.size(-2) / group["parts"], p.size(-1)
-        factor = group["lr"] * UPDATE_SCALES[group["update_scale"]][0](m, n)
+        factor = group["lr"] * UPDATE_SCALES[group["update_scale"]][0](*p.shape[-2:])
         for p, u in zip(members, U.chunk(len(members)), strict=True):
             if group["weight_decay"]:
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-            self.wide(p, group).add_(u, alpha=-factor)
+            self.wide(p).add_(u, alpha=-factor)
 
 class RowAdam(torch.optim.Optimizer):
     """Adam without momentum, for the rows of a table (as in Ngrams) that a step touches.
@@ -651,30 +661,28 @@ OPTIMIZERS = dict(
     orthogonal_nesterov=lambda groups, c: make_muon(groups, c, "none"))
 
 def parameter_table(c: Config) -> list[tuple]:
-    # Rows of pattern, optimizer, learning rate, weight decay and parts; the first whose
-    # pattern fits the name of a parameter has it. OrthogonalNesterov took QKV as one matrix.
+    # Rows of pattern, optimizer, learning rate and weight decay; the first whose pattern
+    # fits the name of a parameter has it.
     matrix, decay = c.matrix_optimizer, c.matrix_weight_decay
     ratios = dict(muon=UPDATE_SCALES[c.update_scale][1], orthogonal_nesterov=10.0)
     matrix_lr = c.lr * (c.matrix_lr_ratio or ratios.get(matrix, 1.0))
-    parts = dict(muon=3).get(matrix, 1)
     embed_lr, mixing_lr = c.lr * c.embed_lr_ratio, c.lr * c.mixing_lr_ratio
     return [
-        ("lm_head.weight", "adamw", c.lr, 0.0, 1),
-        ("*embed*.weight", "adamw", embed_lr, 0.0, 1),
-        ("ngrams.table", "row_adam", embed_lr, 0.0, 1),
-        ("blocks.*.mix", "adamw", mixing_lr, 0.0, 1),
-        ("blocks.*.qkv.weight", matrix, matrix_lr, decay, parts),
-        ("blocks.*.weight", matrix, matrix_lr, decay, 1)]
+        ("lm_head.weight", "adamw", c.lr, 0.0),
+        ("*embed*.weight", "adamw", embed_lr, 0.0),
+        ("ngrams.table", "row_adam", embed_lr, 0.0),
+        ("blocks.*.mix", "adamw", mixing_lr, 0.0),
+        ("blocks.*.weight", matrix, matrix_lr, decay)]
 
 def make_optimizers(model: GPT, c: Config) -> tuple[dict, str]:
     # ({name: optimizer}, the table as text).
     left, groups, table = dict(model.named_parameters()), {}, ""
-    for pattern, optimizer, lr, decay, parts in parameter_table(c):
+    for pattern, optimizer, lr, decay in parameter_table(c):
         fits = [name for name in left if fnmatch.fnmatchcase(name, pattern)]
         if not fits:  # is off
             continue
         named = [(name, left.pop(name)) for name in fits]
-        group = dict(params=named, lr=lr, initial_lr=lr, weight_decay=decay, parts=parts)
+        group = dict(params=named, lr=lr, initial_lr=lr, weight_decay=decay)
         groups.setdefault(optimizer, []).append(group)
         table += f"\n  {pattern:20} {optimizer} for {len(fits)}, lr {lr:g}, decay {decay:g}"
     require(not left, f"parameter {', '.join(left)}: add a row to parameter_table")
@@ -745,17 +753,29 @@ def load_state_dict(run, content: dict) -> None:
     for name, part in run.saved.items():
         part.load_state_dict(content[name])
 
+def describe(content: dict) -> tuple[list, str]:
+    # The place and kind of each value, of a tensor its dtype and shape; a digest of all.
+    kinds, digest = [], hashlib.sha256()
+    for place, x in tree_flatten_with_path(content)[0]:
+        kind, data = type(x), repr(x).encode()
+        if isinstance(x, torch.Tensor):
+            kind, data = (x.dtype, x.shape), x.cpu().flatten().view(torch.uint8).numpy()
+        kinds.append((str(place), kind))
+        digest.update(data)
+    return kinds, digest.hexdigest()
+
 def load_checkpoint(folder: str) -> dict:
     path = Path(folder, "checkpoint.pt")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many types if a file is damaged
-        raise RunError(f"--resume {path}: {error}; give a run that has one") from None
+    with naming(f"--resume {path}", "give a run that has a whole one"):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if content.pop("digest") != describe(content)[1]:
+            raise ValueError(path)
+    return content
 
 # ==== 9. The run ==================================================================
-def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
+def set_up(c: Config, device: torch.device, resumed: dict) -> argparse.Namespace:
     # Prepares all that a run needs. Bad input is an error here, before anything trains.
-    run = SimpleNamespace(device=device, step=0, seconds=0.0, unread=[], signals=[])
+    run = argparse.Namespace(device=device, step=0, seconds=0.0, unread=[], signals=[])
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: run.signals.append(number))
     sizes = [batch_rows(c, step) for step in range(c.num_steps)]
@@ -766,7 +786,7 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
     cut = min(c.document_tokens, c.seq_len) or None
     run.train_rows = Rows("*train_*.bin", c, run.starts[-1], cut)
     run.val_rows = Rows("*val_*.bin", c, c.val_tokens // c.seq_len)
-    there = all(gather(any(Path(c.data).glob("second/*.bin"))))  # another text
+    there = all(gather(any(c.folder.glob("second/*.bin"))))  # another text
     run.second = there and Rows("second/*.bin", c, 2048)
     fits = run.val_rows.count * c.seq_len >= c.val_tokens
     require(fits, f"--val_tokens {c.val_tokens}: {c.data} has fewer")
@@ -783,7 +803,11 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
     run.folder = Path(c.log_dir, c.run_id)
     taken = gather((run.folder / "log.txt").exists())[0] and not resumed
     require(not taken, f"--run_id {c.run_id}: has run; give another")
-    run.folder.mkdir(parents=True, exist_ok=True)
+    with naming(run.folder, "end what runs there, or give another --log_dir or --run_id"):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        if ranks()[0] == 0:  # the lock ends with the process
+            run.lock = open(run.folder / "lock", "w")
+            fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     torch.manual_seed(c.seed)
     run.model = run.ddp = GPT(c).initialize().to(device)
     run.attention = choose_attention(c, device)
@@ -807,11 +831,8 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> SimpleNamespace:
     return run
 
 def log_header(run) -> None:
-    c, file = run.config, Path(__file__).resolve()
-    source = file.read_text(encoding="utf-8")
-    epochs = run.starts[-1] / run.train_rows.count
-    rows = sorted({batch_rows(c, step) for step in range(c.num_steps)})
-    git = f"git -C '{file.parent}' describe --always --abbrev=40 --exclude='*' --dirty"
+    c, source = run.config, Path(__file__).read_text(encoding="utf-8")
+    git = f"git -C '{HERE}' describe --always --abbrev=40 --exclude='*' --dirty"
     git = os.popen(f"{git} 2>/dev/null || echo none").read().strip()
     log(run, source + "=" * 100, console=False)
     log(run, f"""run folder: {run.folder}
@@ -821,7 +842,7 @@ source: sha256 {hashlib.sha256(source.encode()).hexdigest()}, git {git}
 versions: python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}
 hardware: {describe_hardware(run.device)}
 kernels: attention {run.attention}; {c.dtype}; torch.compile {run.compiled}
-data: {rows} rows a step, {run.micro_batch} at once; {epochs:.2f} epochs{run.table}""")
+rows: {sorted({*np.diff(run.starts)})} a step, {run.micro_batch} at once{run.table}""")
     log(run, f"config: {json.dumps(vars(c))}", console=False)
 
 def prime(run, start: dict) -> None:
@@ -829,10 +850,13 @@ def prime(run, start: dict) -> None:
     c, clock, few = run.config, time.perf_counter(), run.micro_batch * ranks()[1]
     tokens = run.train_rows.read([0] * 2 * run.micro_batch).to(run.device, torch.int64)
     firsts = {stage(c, step): step for step in reversed(range(c.num_steps))}
-    for run.step in [*firsts.values()] * c.prime_steps:
+    for run.step in [*firsts.values()] * (c.prime_steps or min(1, start["step"])):
         train_step(run, tokens)
         evaluate(run, run.val_rows, range(min(run.val_rows.count, few)))
     run.unread.clear()
+    if start["step"]:
+        fits = describe(start)[0] == describe(state_dict(run))[0]
+        require(fits, f"--resume {c.resume}: not a state of this Config; give another run")
     load_state_dict(run, start)
     torch._dynamo.utils.counters.clear()  # counts what is compiled from here on
     run.prime_seconds = time.perf_counter() - clock
@@ -891,11 +915,16 @@ def save(run) -> None:
     require(finite, f"step {step}: a weight is not finite; lower --lr")
     if ranks()[0] == 0:
         # Writes beside `path` and renames, so that the file at `path` is always whole.
-        with open(f"{path}.part", "wb") as file:
-            torch.save(state_dict(run), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, path)
+        content, part = state_dict(run), Path(f"{path}.part")
+        with naming(part):
+            try:
+                with open(part, "wb") as file:
+                    torch.save(content | dict(digest=describe(content)[1]), file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
     gather(None)  # no rank leaves before the file is whole
     log(run, f"checkpoint: {path} at step {step}/{run.config.num_steps}")
 
@@ -929,7 +958,7 @@ def train(c: Config, device: torch.device, resumed: dict) -> int:
     log_header(run)
     prime(run, resumed or copy.deepcopy(state_dict(run)))
     loader = load_batches(run.train_rows, run.starts, c.seed, device, run.step)
-    every = dict(read=10 if device.type == "cuda" else 1,  # a GPU waits for no host
+    every = dict(read=10 if device.type == "cuda" else 1,  # a GPU need not wait
                  save=c.save_every, validate=c.val_every)
     run.clock, run.stopping = time.perf_counter(), False
     while run.step < c.num_steps and not run.stopping:

@@ -12,7 +12,7 @@ import sys
 import tokenize
 from pathlib import Path
 
-LIMITS = {"lines": 971, "longest line": 100, "mean length of a code line": 54.0, "lines over 90, %": 4.0,
+LIMITS = {"lines": 1000, "longest line": 100, "mean length of a code line": 54.0, "lines over 90, %": 4.0,
           "longest function": 60, "ternaries per 100": 2.5, "nested comprehensions": 0, "walruses": 0}
 LEAST = {"comment lines, %": 8.0, "blank lines, %": 8.0}
 COMPREHENSIONS = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp

@@ -21,7 +21,7 @@ def make_rows(folder, lengths, seq_len=8, max_rows=10**9) -> train_gpt.Rows:
     for i, length in enumerate(lengths):
         (folder / f"s_{i:03d}.bin").write_bytes(raw_shard(range(start, start + length), 65535))
         start += length
-    c = SimpleNamespace(data=folder, vocab_size=65535, seq_len=seq_len, document_tokens=0, prepare="data/local_text.py")
+    c = SimpleNamespace(folder=folder, vocab_size=65535, seq_len=seq_len, document_tokens=0, prepare="data/mine.py")
     return train_gpt.Rows("s_*.bin", c, max_rows)
 
 
@@ -40,7 +40,7 @@ def test_shards_of_others_are_read_and_hashed(tmp_path):
     (lambda good: good[:8] + b"\1\0\0\0" + good[12:], "damaged"),
     (lambda good: good[:8] + b"\xff\xff\xff\xff" + good[12:], "-1"),
     (lambda good: good[:1024] + b"\1\1" + good[1026:], "a token is 257 or more"),
-    (lambda good: good[:12] + b"\0\2\0\0" + good[16:], "--vocab_size 512"),
+    (lambda good: good[:12] + b"\0\2\0\0" + good[16:], "--vocab_size 257"),
 ], ids=["magic", "truncated", "short", "tiny", "fewer tokens", "negative", "range", "vocabulary"])
 def test_bad_shards_are_named(tmp_path, change, words):
     path = tmp_path / "bad.bin"
@@ -100,7 +100,7 @@ def test_rows_of_documents(tmp_path, cut):
                 place -= 1
             expected.append([token for _, token in kept[place:place + 9]])
             most = max(most, len({j for j, _ in kept[place:place + 8]}))
-    c = SimpleNamespace(data=tmp_path, vocab_size=257, seq_len=8, document_tokens=8, prepare="data/local_text.py")
+    c = SimpleNamespace(folder=tmp_path, vocab_size=257, seq_len=8, document_tokens=8, prepare="data/local_text.py")
     rows = train_gpt.Rows("s_*.bin", c, 10**9, cut)
     assert rows.count == len(expected) and rows.read(range(rows.count)).tolist() == expected
     assert most <= rows.documents <= 9

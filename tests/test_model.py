@@ -72,7 +72,7 @@ def reference_logits(model: train_gpt.GPT, tokens: list[int], window: int = 0) -
             a, b = w[name + "mix"]
             x = (1 + a) * x + b * x0
         table = min(layer, layer - c.num_layers + c.value_tables, key=lambda i: not 0 <= i < c.value_tables)
-        q, k, v = (norm(x) @ w[name + "attention.qkv.weight"].T).chunk(3, dim=-1)
+        q, k, v = (norm(x) @ w[f"{name}attention.{part}.weight"].T for part in ("query", "key", "value"))
         heads = []
         for h in range(c.num_heads):
             part = slice(h * c.head_dim, (h + 1) * c.head_dim)

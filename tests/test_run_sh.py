@@ -21,7 +21,7 @@ case "$*" in *${{FAILS:-nothing}}*) echo "x: good: x"; echo "bad: y"; exit 3 ;; 
 """
 ADDED = """
 torch.cuda.device_count = lambda: int(os.environ.get("GPUS", 0))
-torch.cuda.get_device_properties = lambda i: SimpleNamespace(major=8, total_memory=float(os.environ["BYTES"]))
+torch.cuda.get_device_properties = lambda i: argparse.Namespace(major=8, total_memory=float(os.environ["BYTES"]))
 TRACKS["mine"] = dict(prepare="data/mine.py own", data="own", vocab_size=257, document_tokens=0)
 if __name__"""
 MINE = """import numpy, shards, sys
@@ -92,7 +92,8 @@ def steps(track: str, launched: str) -> list[str]:
     pytest.param("", dict(GPUS="1", BYTES="20e9"), 0, steps("small", "train_gpt.py small"), marks=pytest.mark.slow)])
 def test_what_it_runs(clone, arguments, variables, status, lines):
     (clone / "logs/new").mkdir(parents=True)
-    torch.save(dict(config=vars(train_gpt.Config(data="t  t"))), clone / "logs/new/checkpoint.pt")
+    content = dict(config=vars(train_gpt.Config(data="t  t")))
+    torch.save(content | dict(digest=train_gpt.describe(content)[1]), clone / "logs/new/checkpoint.pt")
     found, _, errors = result(clone, *arguments.split(), **variables)
     assert (found, [line.replace(f"{clone}/", "") for line in errors]) == (status, lines)
 

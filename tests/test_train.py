@@ -28,6 +28,12 @@ def checkpoint(folder: Path) -> dict:
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
+def write_checkpoint(folder: Path, content: dict) -> None:
+    """As `save` does: with the digest of what it holds."""
+    content = {name: value for name, value in content.items() if name != "digest"}
+    torch.save(content | dict(digest=train_gpt.describe(content)[1]), folder / "checkpoint.pt")
+
+
 def same(a, b) -> bool:
     """Whether two checkpoints, or parts of them, are equal to the last bit."""
     leaves = zip(tree_leaves(a), tree_leaves(b), strict=True)
@@ -98,7 +104,7 @@ def test_a_run_whose_folder_has_moved_goes_on_bit_equal(one, whole, tmp_path):
     assert len(re.findall("^step:13/20 (?:.* )?train_loss", (tmp_path / "moved/log.txt").read_text(), re.M)) == 2
     a, b = checkpoint(whole), checkpoint(tmp_path / "moved")
     assert a.keys() == b.keys() >= {"step", "seconds", "rng", "model", "adamw", "muon"} and a["step"] == 20
-    for key in a.keys() - {"seconds", "config"}:
+    for key in a.keys() - {"seconds", "config", "digest"}:
         assert same(a[key], b[key]), key
     assert not same(a["model"], checkpoint(one)["model"])
 
@@ -301,7 +307,7 @@ def test_resume_rejects_what_would_change_the_run(one, text, tmp_path, capsys):
         shutil.copy(Path(text[1], f"{source}_000000.bin"), tmp_path / f"other/{name}_000000.bin")
     (tmp_path / "damaged/checkpoint.pt").write_bytes((one / "checkpoint.pt").read_bytes()[:5000])
     content = checkpoint(one)
-    torch.save(content | dict(config=content["config"] | dict(gone=1)), tmp_path / "older/checkpoint.pt")
+    write_checkpoint(tmp_path / "older", content | dict(config=content["config"] | dict(gone=1)))
     before = sorted(tmp_path.rglob("*"))
     for folder, arguments, words in (
             (one, ["--lr", "0.5"], ["--lr 0.5", str(content["config"]["lr"]), "leave it out"]),
@@ -309,7 +315,7 @@ def test_resume_rejects_what_would_change_the_run(one, text, tmp_path, capsys):
             (one, ["--data", tmp_path / "other"], ["--resume", "other data"]),
             (tmp_path / "none", [], [f"--resume {tmp_path}/none", "checkpoint"]),
             (tmp_path / "older", [], [f"--resume {tmp_path}/older", "version"]),
-            (tmp_path / "damaged", [], ["checkpoint.pt", "give a run that has one"])):
+            (tmp_path / "damaged", [], ["checkpoint.pt", "give a run that has a whole one"])):
         assert train(*arguments, "--resume", folder, "--log_dir", tmp_path) == 2
         message = capsys.readouterr().err
         assert message.startswith("error: ") and all(word in message for word in words), message

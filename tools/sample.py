@@ -68,7 +68,7 @@ def load_tokenizer(c: train_gpt.Config):
         return Bytes()
     if c.vocab_size == GPT2_VOCAB_SIZE:
         return load_bpe("gpt2")
-    return load_bpe(str(ROOT / c.data / "bpe.tiktoken"))
+    return load_bpe(str(c.folder / "bpe.tiktoken"))
 
 
 def choose(logits_V: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
@@ -87,8 +87,9 @@ def choose(logits_V: torch.Tensor, temperature: float, top_k: int, top_p: float,
 @torch.no_grad()
 def generate(model: train_gpt.GPT, tokens: list[int], count: int, draw) -> Iterator[int]:
     """Yields `count` tokens after `tokens`; `draw` takes logits (V,) of the vocabulary and returns a token."""
-    c, past = model.config, [[] for _ in model.blocks]
-    device, model.varlen = model.lm_head.weight.device, False
+    c, device, model.varlen = model.config, model.lm_head.weight.device, False
+    nothing = torch.empty(1, 0, c.num_heads, c.head_dim, device=device, dtype=getattr(torch, c.dtype))
+    past = [[nothing, nothing] for _ in model.blocks]
     for _ in range(count):
         x_BTD = model.hidden(torch.tensor([tokens], device=device), c.val_window or c.seq_len, past)
         tokens = [*tokens, draw(model.logits(x_BTD)[0, -1, :c.vocab_size])]
