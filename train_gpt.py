@@ -42,14 +42,13 @@ class RunError(ValueError):
     """Bad input: names the file or option, value and remedy."""
 
 HERE = Path(__file__).resolve().parent
-FULL = "make room or give another --log_dir, then --resume the run"
 
 def require(holds, message: str) -> None:
     if not holds:
         raise RunError(message)
 
 @contextlib.contextmanager
-def naming(path, remedy: str = FULL):
+def naming(path, remedy="make room or give another --log_dir, then --resume the run"):
     # What goes wrong with a file inside: an error that names it.
     try:
         yield
@@ -159,7 +158,8 @@ def make_config(given: dict, saved: dict | None = None) -> Config:
         c = Config(**TRACKS[track] | given)
     else:
         folder = Path(given["resume"]).resolve()
-        require(saved.keys() == vars(Config()).keys(), f"--resume {folder}: another version")
+        known = describe(saved)[0] == describe(vars(Config()))[0]
+        require(known, f"--resume {folder}: another version")
         for name in given.keys() - RESUME_MAY_CHANGE:
             same = given[name] == saved[name]
             require(same, f"--{name} {given[name]}: the run has {saved[name]}; leave it out")
@@ -807,7 +807,7 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> argparse.Namespace
         run.folder.mkdir(parents=True, exist_ok=True)
         if ranks()[0] == 0:  # the lock ends with the process
             run.lock = open(run.folder / "lock", "w")
-            fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     torch.manual_seed(c.seed)
     run.model = run.ddp = GPT(c).initialize().to(device)
     run.attention = choose_attention(c, device)
@@ -856,7 +856,8 @@ def prime(run, start: dict) -> None:
     run.unread.clear()
     if start["step"]:
         fits = describe(start)[0] == describe(state_dict(run))[0]
-        require(fits, f"--resume {c.resume}: not a state of this Config; give another run")
+        fits = fits and 0 <= start["seconds"] and start["step"] <= c.num_steps
+        require(fits, f"--resume {c.resume}: not a state of its Config; give another run")
     load_state_dict(run, start)
     torch._dynamo.utils.counters.clear()  # counts what is compiled from here on
     run.prime_seconds = time.perf_counter() - clock
@@ -900,9 +901,8 @@ def read_steps(run) -> None:
     run.clock, run.unread = now, []
 
 def log_step(run, step: int, pairs: str, console: bool = True) -> None:
-    ms = 1e3 * run.seconds
-    log(run, f"step:{step}/{run.config.num_steps} {pairs} train_time:{ms:.0f}ms "
-        f"step_avg:{ms / step:.2f}ms", console)
+    log(run, f"step:{step}/{run.config.num_steps} {pairs} "
+        f"train_time:{1e3 * run.seconds:.0f}ms step_avg:{1e3 * run.seconds / step:.2f}ms", console)
 
 def validate(run) -> float:
     loss = evaluate(run, run.val_rows, range(run.config.val_tokens // run.config.seq_len))
