@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from compare import t_test  # noqa: E402
 
-from train_gpt import Muon, RunError, require  # noqa: E402
+from train_gpt import Muon, RunError, describe_hardware, require  # noqa: E402
 
 # Pictures. Both sets come as bytes, here (N, C, H, W), with a label from 0 to 9 each.
 
@@ -182,17 +182,17 @@ class Task:
     read: Callable              # (folder, "train" or "test") -> pictures and labels
     network: Callable
     describe: str
-    most: int                   # pictures of an epoch
+    most: int                   # pictures to train with
     epochs: int
-    published: dict             # {optimizer: (loss, accuracy in %)} of the seed's authors; None: not given
+    published: dict             # {optimizer: (loss, accuracy in %)}; None: not given
 
 
 BATCH = 256                     # pictures of a step
 JUDGED = 5000                   # pictures at most, that are held out, and of the test set
-# Published: Wei 2025, huggingface.co/datasets/bird-of-paradise/muon-tutorial, section 7. Its networks are not described
-# there, nor which pictures its loss is of.
+PUBLISHED = ("published: Wei 2025, huggingface.co/datasets/bird-of-paradise/muon-tutorial, section 7; it names neither "
+             "its networks nor the pictures of its loss")
 TASKS = {
-    "mnist": Task(read_mnist, mlp, "MLP 784-128-128-10", 55_000, 3,
+    "mnist": Task(read_mnist, mlp, "MLP 784-128-128-10", 60_000, 3,
                   dict(Muon=(0.0475, None), AdamW=(0.0717, None), SGD=(0.3931, None))),
     "cifar-10": Task(read_cifar, convolutional, "convolutions 3-16-32-64 with batch norm", 15_000, 5,
                      dict(Muon=(0.6279, 80.79), AdamW=(0.8955, 71.66), SGD=(1.1023, 64.40)))}
@@ -360,8 +360,9 @@ def verdicts(runs: list[Run]) -> str:
         for measure, (_, digits) in MEASURES.items():
             ours, theirs = values(runs, "Muon", measure), values(runs, rival, measure)
             low, high, p = t_test(theirs, ours, alpha) or (-math.inf, math.inf, 1.0)
-            lines.append(f"Muon - {rival}, {measure}: {fmean(ours) - fmean(theirs):+.{digits}f} ({100 * (1 - alpha):g}% "
-                         f"confidence interval {low:+.{digits}f} to {high:+.{digits}f}, p = {p:.2g})")
+            lines.append(f"Muon - {rival}, {measure}: {fmean(ours) - fmean(theirs):+.{digits}f} "
+                         f"({100 * (1 - alpha):g}% confidence interval {low:+.{digits}f} to {high:+.{digits}f}, "
+                         f"p = {p:.2g})")
             if measure == "test loss":
                 word = "lower than" if high < 0 else "higher than" if low > 0 else "not told apart from"
                 decisions.append(f"{word} {rival}'s")
@@ -385,8 +386,10 @@ def draw(results: dict[str, tuple[list[Run], list[Run]]], path: Path) -> None:
             above.fill_between(epochs, mean - spread, mean + spread, color=look["color"], alpha=0.25, linewidth=0)
             points = sorted((run.lr, run.losses[-1]) for run in tried if run.optimizer == name)
             below.plot(*np.array(points).T, label=name, **look)
-        above.set(title=title, xlabel="epoch", xticks=epochs, ylabel="test loss (nats)")
-        below.set(xscale="log", xlabel="learning rate", ylabel="held-out loss (nats)")
+        above.set(title=f"{title}: mean ± std of {len(curves)} seeds", xlabel="epoch", xticks=epochs,
+                  ylabel="test loss (nats)")
+        below.set(xscale="log", xlabel="learning rate", ylabel="held-out loss (nats)",
+                  title=f"{title}: search, one seed")
         for panel in (above, below):
             panel.grid(alpha=0.3)
             panel.legend(fontsize="small")
@@ -398,6 +401,8 @@ def experiment(title: str, sets: tuple, seeds: int, say: Callable) -> tuple[list
     task, (train_set, held_out, test) = TASKS[title], sets
     say(f"\n{title}: {task.describe}; {len(train_set[1]):,} training pictures, {len(held_out[1]):,} held out, "
         f"{len(test[1]):,} of the test; batch {BATCH}, {task.epochs} epochs")
+    if len(train_set[1]) == task.most:
+        say("That is a part of the training set, so that the whole takes at most 5 minutes on 2 CPU cores.")
     say("search of the learning rate, judged by the held-out pictures")
     tried = tune(task, train_set, held_out, say)
     best = {name: best_lr(tried, name) for name in OPTIMIZERS}
@@ -412,16 +417,19 @@ def experiment(title: str, sets: tuple, seeds: int, say: Callable) -> tuple[list
 
 def run_all(folder: Path, out: Path, seeds: int) -> None:
     """Runs all tasks; writes out/vision.txt and out/vision.png; raises RunError before anything trains."""
-    clock, cpu_clock, lines = time.perf_counter(), time.process_time(), []
+    clock, cpu_clock = time.perf_counter(), time.process_time()
+    sets = {title: load(task, folder) for title, task in TASKS.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "vision.txt"
+    log.write_text("")
 
     def say(line: str) -> None:
         print(line, flush=True)
-        lines.append(line)
+        with log.open("a", encoding="utf-8") as file:
+            print(line, file=file)
 
-    sets = {title: load(task, folder) for title, task in TASKS.items()}
-    out.mkdir(parents=True, exist_ok=True)
-    say(f"vision.py: torch {torch.__version__}, python {platform.python_version()}, {platform.platform()}, "
-        f"runs at once: {torch.get_num_threads()}, each on one CPU core")
+    say(f"python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}, "
+        f"{describe_hardware(torch.device('cpu'))}; a run has one thread, and as many run at once as there are threads")
     for title in TASKS:
         say(f"{title}: {origin(folder, title.partition('-')[0])}")
     results = {title: experiment(title, sets[title], seeds, say) for title in TASKS}
@@ -429,8 +437,8 @@ def run_all(folder: Path, out: Path, seeds: int) -> None:
         say(f"\n{title}: mean of {seeds} seeds ± half its 95% confidence interval\n\n{table(TASKS[title], runs)}\n")
         say(verdicts(runs))
     draw(results, out / "vision.png")
-    say(f"\n{time.perf_counter() - clock:.0f} s in all, {time.process_time() - cpu_clock:.0f} s of CPU cores")
-    (out / "vision.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    say(f"\n{PUBLISHED}")
+    say(f"{time.perf_counter() - clock:.0f} s in all, {time.process_time() - cpu_clock:.0f} s of CPU cores")
 
 
 def main(arguments: list[str]) -> int:
@@ -445,7 +453,7 @@ def main(arguments: list[str]) -> int:
         if args.download:
             download(args.data)
         run_all(args.data, args.out, args.seeds)
-    except RunError as error:
+    except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
