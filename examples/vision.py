@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -394,6 +395,8 @@ def draw(results: dict[str, tuple[list[Run], list[Run]]], path: Path) -> None:
             panel.grid(alpha=0.3)
             panel.legend(fontsize="small")
     figure.savefig(path, dpi=100)
+    with Image.open(path) as picture:
+        picture.convert("RGB").quantize(128).save(path, optimize=True)      # a third of the bytes
 
 
 def experiment(title: str, sets: tuple, seeds: int, say: Callable) -> tuple[list[Run], list[Run]]:

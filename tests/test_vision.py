@@ -188,3 +188,16 @@ def test_all_of_it(folder, monkeypatch, capsys):
     assert text.count(" lr ") - text.count("| lr ") == 2 * 3 * (5 + 2) and text.count("verdict:") == 2
     assert text.count("not the published files") == 2 and "| 0.0475 | - |" in text
     assert Image.open(out / "vision.png").width == 800
+
+
+def test_runs_beside_one_another_are_those_alone(folder, monkeypatch):
+    monkeypatch.setattr(vision, "BATCH", 64)
+    task, wanted = vision.TASKS["mnist"], [(name, 0.01, seed) for seed in (1, 2) for name in vision.OPTIMIZERS]
+    pictures, held_out, _ = vision.load(task, folder)
+    results = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        runs = vision.train_all(task, wanted, pictures, held_out, print)
+        assert [(run.optimizer, run.lr, run.seed) for run in runs] == wanted
+        results.append([run.losses for run in runs])
+    assert results[0] == results[1] and results[0][0] != results[0][3]     # another seed is another run
