@@ -25,6 +25,7 @@ It writes four pictures and one page with all of them, why_muon.html. The last l
 
 import argparse
 import base64
+import io
 import math
 import sys
 import time
@@ -36,6 +37,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -156,9 +158,9 @@ def train(name: str, c: train_gpt.Config, kept: slice) -> SimpleNamespace:
     """Trains as train_gpt.py does, in one process on the CPU, and measures at WATCHED steps.
 
     Returns spectra, {kind: {step: {matrix: singular values}}} without the matrices of zeros;
-    gains, {step: 2 x n array} of all matrices; the validation loss in nats; and seconds.
+    gains, {step: 2 x n array} of all matrices; val_loss in nats; and seconds of the CPU.
     """
-    started, device = time.perf_counter(), torch.device("cpu")
+    started, device = time.process_time(), torch.device("cpu")
     sizes = [train_gpt.batch_rows(c, step) for step in range(c.num_steps)]
     starts = np.cumsum([0, *sizes]).tolist()
     at_once = train_gpt.micro_batch_rows(c, math.gcd(*sizes), device)
@@ -189,11 +191,12 @@ def train(name: str, c: train_gpt.Config, kept: slice) -> SimpleNamespace:
             print(f"{name}: step {step}/{c.num_steps}, training loss {loss:.4f}", flush=True)
             record(found, step, take_apart(optimizer, first, before))
 
+    train_gpt.require(found.spectra["gradient"], f"--lr {c.lr}: no gradient is left; lower it")
     run = SimpleNamespace(model=model, config=c, device=device, micro_batch=at_once,
                           validation_loss=train_gpt.validation_loss)
     rows = range(min(val_text.count, c.val_tokens // c.seq_len))
     found.val_loss = train_gpt.evaluate(run, val_text, rows)
-    found.seconds = time.perf_counter() - started
+    found.seconds = time.process_time() - started
     return found
 
 
@@ -227,20 +230,20 @@ def draw_polynomial(muon: SimpleNamespace) -> Figure:
     for steps in range(1, 6):
         look = dict(color=matplotlib.colormaps["viridis"](1.1 - steps / 5), linewidth=1 + steps / 5)
         left.plot(x, newton_schulz(x, steps), label=f"{steps}", **look)
-    left.legend(title="iterations", ncols=5, loc="lower center", columnspacing=0.8, handlelength=1)
-    left.set(title="p(x) = 3.4445 x - 4.7750 x³ + 2.0315 x⁵, iterated", ylim=(-0.35, 1.3),
+    left.legend(title="iterations", ncols=5, loc="upper center", columnspacing=0.8, handlelength=1)
+    left.set(title="p(x) = 3.4445 x - 4.7750 x³ + 2.0315 x⁵, iterated", ylim=(-0.05, 1.7),
              xlabel="singular value / Frobenius norm, before", ylabel="singular value, after")
 
     step = min(muon.gains, key=lambda step: abs(step - 150))
     before, after = muon.gains[step]
     x = np.geomspace(1e-5, 1, 2001)
-    right.plot(before, after, ".", markersize=2, color=COLORS[1], alpha=0.5,
-               label=f"measured, step {step}")
-    right.plot(x, newton_schulz(x, 5), color="black", linewidth=1, label="5 iterations of p")
+    right.plot(x, newton_schulz(x, 5), color="black", linewidth=0.8, label="5 iterations of p")
+    right.plot(before, after, ".", markersize=3, color=COLORS[1], alpha=0.6,
+               label=f"measured at step {step}")
     right.plot(x, x, color="black", linewidth=1, linestyle=":", label="unchanged")
     right.set(title="all directions of all matrices in the run", xscale="log", xlim=(1e-5, 1),
-              ylim=(-0.35, 1.3), xlabel="singular value / Frobenius norm, before (log)")
-    right.legend(loc="upper left", markerscale=4)
+              ylim=(-0.05, 1.7), xlabel="singular value / Frobenius norm, before (log)")
+    right.legend(loc="upper left", markerscale=3)
     return figure
 
 
@@ -280,8 +283,8 @@ def draw_ranks(runs: dict) -> Figure:
             steps, median, low, high = np.transpose(rows)
             axis.plot(steps, median, color=color, marker=".", label=kind)
             axis.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
-        axis.set(title=f"matrices by {run}", xlabel="step", ylim=(0, None))
-    axes[0].set_ylabel("effective rank, exp(entropy)\n(directions)")
+        axis.set(title=f"matrices by {run}", xlabel="step")
+    axes[0].set(ylabel="effective rank, exp(entropy)\n(directions)", ylim=(0, None))
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4,
                   title="line: median of the matrices; band: all of them")
@@ -294,7 +297,7 @@ def draw_directions(runs: dict) -> Figure:
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
     for axis, run in zip(axes, ("AdamW", "Muon"), strict=True):
         spectra = list(runs[run].spectra["momentum"].values())
-        names = list(spectra[-1])
+        names = sorted(spectra[-1])
         for share, color, shift in zip(SHARES, COLORS, (0.15, -0.15), strict=False):
             for place, name in enumerate(reversed(names)):
                 counts = [directions(found[name], share) for found in spectra if name in found]
@@ -349,7 +352,8 @@ def figures_of(spectra: list[np.ndarray]) -> list[str]:
 
 
 def loss_table(runs: dict) -> str:
-    rows = [["run", "validation loss (nats)", "seconds, with measuring"], ["---"] * 3]
+    rows = [["run", "validation loss (nats)", "CPU seconds, with measuring"],
+            ["---"] * 3]
     for run, found in runs.items():
         rows.append([run, f"{found.val_loss:.4f}", f"{found.seconds:.0f}"])
     return table(rows)
@@ -394,7 +398,10 @@ def write(folder: Path, runs: dict, texts: list[str]) -> None:
     files = {}
     for name, figure in figures.items():
         files[name] = folder / f"why_muon_{name}.png"
-        figure.savefig(files[name])
+        data = io.BytesIO()
+        figure.savefig(data, format="png")
+        # 256 colours take half the space.
+        Image.open(data).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE).save(files[name])
     (folder / "why_muon.html").write_text(html(files, texts), encoding="utf-8")
 
 

@@ -110,7 +110,7 @@ def test_one_command(text, tmp_path, capsys):
     (["--lr", "0"], "--lr 0.0: give more than 0"),
     (["--matrix_optimizer", "adamw"], "--matrix_optimizer adamw: leave it out"),
     (["--out", __file__], f"{__file__}: File exists; give another --out"),
-    (["--lr", "1e30"], "--lr 1e+30: loss")])
+    (["--lr", "1e30"], "--lr 1e+30: no gradient is left; lower it")])
 def test_bad_input(text, options, named, capsys, tmp_path):
     with unchanged():
         assert why_muon.main(["--out", str(tmp_path), *SMALL, *text, *options]) == 2
