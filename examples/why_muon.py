@@ -45,7 +45,7 @@ import train_gpt  # noqa: E402
 
 # Plain Muon: the preset has NorMuon, which changes the update once more. AdamW's rate is the
 # best of those in records/examples/why_muon.txt.
-ADAMW = dict(matrix_optimizer="adamw", normuon_beta2=0.0, matrix_lr_ratio=1.0)
+ADAMW = dict(matrix_optimizer="adamw", normuon_beta2=0.0, matrix_lr_ratio=0.5)
 MUON = dict(matrix_optimizer="muon", normuon_beta2=0.0)
 STRONG = 16  # directions
 RUNS = {  # name: fields of Config, and the directions that an update keeps
