@@ -251,7 +251,8 @@ def draw_spectra(runs: dict) -> Figure:
     """The singular values of one matrix, the last of the model, at some steps."""
     figure = Figure((8, 5.4), layout="constrained")
     axes = figure.subplots(2, 4, sharex=True, sharey=True)
-    titles = dict(gradient="gradient", momentum="momentum", before="before N.-S.", update="update")
+    titles = dict(gradient="gradient", momentum="momentum",
+                  before="before\nNewton-Schulz", update="update")
     for run, row in zip(("AdamW", "Muon"), axes, strict=True):
         for axis, kind in zip(row, titles, strict=True):
             axis.set_title(f"{run}: {titles[kind]}")
@@ -307,8 +308,8 @@ def draw_directions(runs: dict) -> Figure:
                 axis.plot(np.median(counts), place + shift, "o", color=color, markersize=5)
         axis.axvspan(*CLAIM, color="black", alpha=0.12, linewidth=0, label=f"the tutorial's {SAID}")
         axis.set(title=f"momentum, matrices by {run}", yticks=range(len(names)),
-                 yticklabels=names[::-1], xlim=(0, None),
-                 xlabel=f"directions, of {len(spectra[-1][name])}")
+                 yticklabels=names[::-1], xlabel=f"directions, of {len(spectra[-1][name])}")
+    axes[0].set_xlim(0, None)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3,
                   title="dot: median of the steps; bar: all of them")

@@ -91,7 +91,7 @@ def test_trains_and_measures_what_train_gpt_does(text, tmp_path, monkeypatch):
 def test_one_command(text, tmp_path, capsys):
     """Pictures of 800 pixels, a page that needs no other file, and tables at the end."""
     with unchanged():
-        assert why_muon.main([*SMALL, *text, "--out", str(tmp_path)]) == 0
+        assert why_muon.main([*SMALL, *text, "--num_steps", "10", "--out", str(tmp_path)]) == 0
     page = (tmp_path / "why_muon.html").read_text()
     pictures = re.findall(r"src='([^']*)'", page)
     assert len(pictures) == 4 == len([*tmp_path.glob("*.png")])
