@@ -2,7 +2,7 @@
 """Why Muon works: the singular values of its updates, measured in real runs of `tiny`.
 
     python examples/why_muon.py                     # four runs, on 2 cores
-    python examples/why_muon.py --num_steps 100     # and any option of train_gpt.py
+    python examples/why_muon.py --num_steps 100     # and options of train_gpt.py, for all runs
 
 A matrix is a sum of directions: pairs of a left and a right singular vector, each times its
 singular value. Muon keeps the directions of the momentum and brings their singular values to
