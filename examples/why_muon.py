@@ -12,7 +12,7 @@ update of a 256 x 128 matrix uses "10-20" of its 128 directions, so that the res
 
 This program trains `tiny`, whose matrices have 128 directions each, with four optimizers of the
 matrices: AdamW, Muon, and Muon along the 16 strongest directions alone or along all but these.
-At some steps it takes each matrix apart (Q, K and V by themselves, as Muon does):
+At some steps it takes each matrix apart:
 
     gradient          of the step's batch
     momentum          running mean of the gradients (Adam's first moment)
@@ -95,15 +95,6 @@ def newton_schulz(x: np.ndarray, steps: int) -> np.ndarray:
 
 # ==== Training ====================================================================
 
-def parts(name: str, matrix: torch.Tensor) -> dict:
-    """Returns {name: matrix}, of which a fused QKV has three: Muon takes each by itself."""
-    name = name.removeprefix("blocks.").removesuffix(".weight")
-    if not name.endswith("qkv"):
-        return {name: matrix}
-    names = [name.removesuffix("qkv") + letter for letter in "qkv"]
-    return dict(zip(names, matrix.chunk(3), strict=True))
-
-
 def along(kept: slice, G_kmn: torch.Tensor, steps: int, dtype) -> torch.Tensor:
     """Muon's orthogonalization of matrices with m <= n, along the `kept` directions alone.
 
@@ -121,7 +112,7 @@ def matrix_groups(optimizer) -> list[tuple]:
     for group in optimizer.param_groups:
         for name, p in zip(group["param_names"], group["params"], strict=True):
             if name.startswith("blocks.") and p.ndim == 2:
-                rows.append((group, name, p))
+                rows.append((group, name.removeprefix("blocks.").removesuffix(".weight"), p))
     return rows
 
 
@@ -131,18 +122,18 @@ def take_apart(optimizer, first: dict, before: dict) -> dict:
     found = {kind: {} for kind in KINDS}
     for group, name, p in matrix_groups(optimizer):
         state, rate = optimizer.state[p], group["lr"]
-        found["gradient"] |= parts(name, p.grad)
+        found["gradient"][name] = p.grad
         if "momentum_buffer" in state:  # Muon's
             momentum, look_ahead = state["momentum_buffer"], group["nesterov"]
             v = p.grad.lerp(momentum, group["momentum"]) if look_ahead else momentum
-            found["before"] |= parts(name, v)
+            found["before"][name] = v
             scale = train_gpt.UPDATE_SCALES[group["update_scale"]][0]
-            rate *= scale(p.size(0) / group["parts"], p.size(1))
+            rate *= scale(*p.shape)
         else:
             momentum = state["exp_avg"]
-        found["momentum"] |= parts(name, momentum)
-        found["update"] |= parts(name, (before[name] - p) / rate)
-        found["all updates"] |= parts(name, first[name] - p)
+        found["momentum"][name] = momentum
+        found["update"][name] = (before[name] - p) / rate
+        found["all updates"][name] = first[name] - p
     return found
 
 
@@ -165,8 +156,8 @@ def train(name: str, c: train_gpt.Config, kept: slice) -> SimpleNamespace:
     starts = np.cumsum([0, *sizes]).tolist()
     at_once = train_gpt.micro_batch_rows(c, math.gcd(*sizes), device)
     cut = min(c.document_tokens, c.seq_len) or None
-    text = train_gpt.Rows("train_files", c.train_files, c, starts[-1], cut)
-    val_text = train_gpt.Rows("val_files", c.val_files, c, c.val_tokens // c.seq_len)
+    text = train_gpt.Rows("*train_*.bin", c, starts[-1], cut)
+    val_text = train_gpt.Rows("*val_*.bin", c, c.val_tokens // c.seq_len)
 
     torch.manual_seed(c.seed)
     model = train_gpt.GPT(c).initialize()
@@ -413,10 +404,8 @@ def configurations(options: list[str]) -> dict:
     given = train_gpt.parse_command_line(["tiny", *options])
     for name in ("matrix_optimizer", "normuon_beta2", "resume"):
         train_gpt.require(name not in given, f"--{name} {given.get(name)}: leave it out")
-    tiny = train_gpt.TRACKS["tiny"]
     dtype = "bfloat16" if train_gpt.has_bf16_units(torch.device("cpu")) else "float32"
-    files = {name: str(ROOT / tiny[name]) for name in ("train_files", "val_files")}
-    given = dict(dtype=dtype, val_tokens=2**18) | files | given
+    given = dict(dtype=dtype, val_tokens=2**18, num_steps=330, cooldown_steps=250) | given
     configs = {run: train_gpt.make_config(given | fields) for run, (fields, _) in RUNS.items()}
     c = configs["Muon"]
     train_gpt.require(c.lr > 0, f"--lr {c.lr}: give more than 0")

@@ -105,12 +105,12 @@ def test_one_command(text, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options, named", [
-    (["--train_files", "nowhere/*.bin"], "--train_files nowhere/*.bin: no row there; run data/local_text.py"),
+    (["--data", "nowhere"], "--data nowhere: no row in *train_*.bin; run data/local_text.py"),
     (["--num_steps", "9", "--cooldown_steps", "4"], "--num_steps 9: give at least 10"),
     (["--lr", "0"], "--lr 0.0: give more than 0"),
     (["--matrix_optimizer", "adamw"], "--matrix_optimizer adamw: leave it out"),
     (["--out", __file__], f"{__file__}: File exists; give another --out"),
-    (["--lr", "1e30"], "--lr 1e+30: no gradient is left; lower it")])
+    (["--lr", "9e8"], "--lr 900000000.0: no gradient is left; lower it")])
 def test_bad_input(text, options, named, capsys, tmp_path):
     with unchanged():
         assert why_muon.main(["--out", str(tmp_path), *SMALL, *text, *options]) == 2
