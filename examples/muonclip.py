@@ -16,6 +16,7 @@ import json
 import math
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -27,12 +28,12 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt  # noqa: E402
-from train_gpt import MLP, Config, Linear, norm, ranks, require  # noqa: E402
+from train_gpt import MLP, Config, norm, ranks, require  # noqa: E402
 
 # What differs from the track. The option --lr is the rate of the matrices, `lr` that of lm_head.
 FIELDS = dict(
-    num_layers=3, val_tokens=2**17, lr=0.003, update_scale="match_rms_adamw",
-    matrix_weight_decay=0.1, momentum_warmup_steps=0)
+    val_tokens=2**16, lr=0.003, update_scale="match_rms_adamw", matrix_weight_decay=0.1,
+    momentum_warmup_steps=0)
 
 # ==== 1. The largest logit, and the clip ==========================================
 # Shape suffixes: B rows, T tokens, D model_dim, H heads, K channels of a head, L layers.
@@ -78,12 +79,19 @@ def scale_heads(linear: nn.Linear, factor_H: torch.Tensor) -> None:
     linear.weight.unflatten(0, (len(factor_H), -1)).mul_(factor_H[:, None, None])
 
 # ==== 2. The two kinds of attention ===============================================
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=False)
+
+def turn(x_BTHK):
+    size, channels = x_BTHK.size(1), x_BTHK.size(3)
+    return train_gpt.rotate(x_BTHK, *train_gpt.rotary_tables(size, channels, x_BTHK.device))
+
 class Attention(nn.Module):
     """Causal attention without QK-norm. Notes each head's largest logit while it trains."""
     def __init__(self, c: Config):
         super().__init__()
         self.num_heads, self.scale = c.num_heads, c.head_dim ** -0.5
-        self.proj = Linear(c.model_dim, c.model_dim, bias=False)
+        self.proj = linear(c.model_dim, c.model_dim)
         self.register_buffer("largest_H", torch.full((c.num_heads,), -math.inf))
 
     def split(self, x_BTD):
@@ -97,17 +105,11 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         return self.proj(y.transpose(1, 2).flatten(2))
 
-def turn(x_BTHK):
-    return train_gpt.rotate(x_BTHK, *train_gpt.rotary_tables(
-        x_BTHK.size(1), x_BTHK.size(3), x_BTHK.device))
-
 class MHA(Attention):
     """Multi-head attention with rotary positions."""
     def __init__(self, c: Config):
         super().__init__(c)
-        self.query = Linear(c.model_dim, c.model_dim, bias=False)
-        self.key = Linear(c.model_dim, c.model_dim, bias=False)
-        self.value = Linear(c.model_dim, c.model_dim, bias=False)
+        self.query, self.key, self.value = (linear(c.model_dim, c.model_dim) for _ in range(3))
 
     def heads(self, x_BTD):
         q, k = self.split(self.query(x_BTD)), self.split(self.key(x_BTD))
@@ -129,12 +131,10 @@ class MLA(Attention):
     def __init__(self, c: Config):
         super().__init__(c)
         dim, half, latent = c.model_dim, c.model_dim // 2, c.model_dim // 4
-        self.query_content = Linear(dim, half, bias=False)
-        self.query_rotary = Linear(dim, half, bias=False)
-        self.key_rotary = Linear(dim, half // c.num_heads, bias=False)
-        self.down = Linear(dim, latent, bias=False)
-        self.key_content = Linear(latent, half, bias=False)
-        self.value = Linear(latent, dim, bias=False)
+        self.query_content, self.query_rotary = linear(dim, half), linear(dim, half)
+        self.key_rotary = linear(dim, half // c.num_heads)
+        self.down, self.key_content = linear(dim, latent), linear(latent, half)
+        self.value = linear(latent, dim)
 
     def heads(self, x_BTD):
         latent = norm(self.down(x_BTD))
@@ -166,7 +166,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(c.padded_vocab_size, c.model_dim)
         self.blocks = nn.ModuleList(Block(c, attention) for _ in range(c.num_layers))
-        self.lm_head = Linear(c.model_dim, c.padded_vocab_size, bias=False)
+        self.lm_head = linear(c.model_dim, c.padded_vocab_size)
 
     def forward(self, tokens_BT):
         """Returns the mean cross-entropy of each token after the first, in nats."""
@@ -178,15 +178,14 @@ class Transformer(nn.Module):
 
 def make_optimizers(model: Transformer, c: Config) -> dict:
     # All parameters of the blocks are matrices.
-    groups = [dict(params=[*model.blocks.parameters()], lr=c.lr * c.matrix_lr_ratio),
-              dict(params=[model.embed.weight], lr=c.lr * c.embed_lr_ratio),
-              dict(params=[model.lm_head.weight], lr=c.lr)]
-    for group in groups:
-        group["initial_lr"] = group["lr"]  # which the schedule multiplies
-    muon = train_gpt.Muon(
-        groups[:1], weight_decay=c.matrix_weight_decay, update_scale=c.update_scale)
-    adamw = torch.optim.AdamW(groups[1:], betas=(0.9, 0.95), weight_decay=0.0)
-    return dict(muon=muon, adamw=adamw)
+    rates = [(model.blocks, c.matrix_lr_ratio), (model.embed, c.embed_lr_ratio), (model.lm_head, 1)]
+    matrices, *others = [
+        dict(params=[*part.parameters()], lr=c.lr * ratio, initial_lr=c.lr * ratio)
+        for part, ratio in rates]
+    return dict(
+        muon=train_gpt.Muon([matrices], weight_decay=c.matrix_weight_decay,
+                            update_scale=c.update_scale),
+        adamw=torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0))
 
 # ==== 4. A run ====================================================================
 def train_step(model: Transformer, optimizers: dict, tokens, tau: float) -> torch.Tensor:
@@ -203,10 +202,8 @@ def train_step(model: Transformer, optimizers: dict, tokens, tau: float) -> torc
 @torch.no_grad()
 def evaluate(model: Transformer, rows: train_gpt.Rows, count: int) -> float:
     model.eval()
-    total = 0.0
-    for part in torch.arange(count).split(32):
-        total += len(part) * model(rows.read(part.tolist()).to(torch.int64)).item()
-    return total / count
+    parts = [rows.read(part.tolist()).long() for part in torch.arange(count).split(32)]
+    return sum(len(part) * model(part).item() for part in parts) / count
 
 def train(c: Config, attention: type, tau: float, rows: dict) -> dict:
     """Trains one model. Returns its name, seed, loss, seconds and logits (steps, L * H)."""
@@ -225,62 +222,54 @@ def train(c: Config, attention: type, tau: float, rows: dict) -> dict:
 
 # ==== 5. What came out ============================================================
 def clips(run: dict) -> torch.Tensor:
-    """Returns (steps, L * H): whether the step clipped the head."""
+    # (steps, L * H): whether the step clipped the head.
     return torch.tensor(run["logits"], dtype=torch.float64) > float(run["tau"])
 
 def spread(values: list, digits: int) -> str:
     std = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{fmean(values):.{digits}f}{std}"
 
-def print_heads(run: dict, num_heads: int) -> None:
-    print(f"\n{run['attention']}, seed {run['seed']}, tau {run['tau']}: clipped heads")
-    for head, steps in enumerate(clips(run).T):
-        when = steps.nonzero().flatten().tolist()
-        times = f"{len(when)} times, in steps {when[0]} to {when[-1]}" if when else "never"
-        print(f"  layer {head // num_heads} head {head % num_heads}: {times}")
-
-def print_table(runs: list, variants: list) -> None:
-    form, losses = "{:9}  {:5}  {:17}  {:15}  {:14}  {:7}  {}", {}
-    print("\n" + form.format("attention", "tau", "val loss", "largest logit", "at the end",
-                             "clipped", "seconds"))
-    for variant in variants:
-        some = [run for run in runs if (run["attention"], run["tau"]) == variant]
-        losses[variant] = [run["val_loss"] for run in some]
-        tops = [list(map(max, run["logits"])) for run in some]
-        share = fmean(clips(run).double().mean().item() for run in some)
+def print_table(groups: dict) -> None:
+    """groups: {(attention, tau): its runs}, first without and then with the clip."""
+    form, before = "{:9}  {:5}  {:17}  {:13}  {:13}  {}", None
+    print("\n" + form.format(
+        "attention", "tau", "val loss", "largest logit", "at the end", "clipped"))
+    for (attention, tau), runs in groups.items():
+        losses = [run["val_loss"] for run in runs]
+        tops = [[max(heads) for heads in run["logits"]] for run in runs]
+        share = fmean(clips(run).double().mean().item() for run in runs)
         print(form.format(
-            *variant, spread(losses[variant], 4), spread([max(top) for top in tops], 1),
-            spread([top[-1] for top in tops], 1), f"{share:.1%}",
-            spread([run["seconds"] for run in some], 1)))
-    print("loss: nats a byte; logits: of all heads, before a step's clip; clipped: of all heads in "
-          "all steps; ±: std over the seeds")
-    for without, held in zip(variants[::2], variants[1::2], strict=True):
-        costs = [b - a for a, b in zip(losses[without], losses[held], strict=True)]
-        print(f"{held[0]}: the clip changes a seed's loss by {spread(costs, 4)}, n = {len(costs)}")
+            attention, tau, spread(losses, 4), spread([max(top) for top in tops], 1),
+            spread([top[-1] for top in tops], 1), f"{share:.1%}"))
+        if tau != "inf":
+            costs = [b - a for a, b in zip(before, losses, strict=True)]
+            print(f"{attention:9}  the clip changes a seed's loss by {spread(costs, 4)}")
+        before = losses
+    print(f"loss: nats a byte; ±: standard deviation of {len(runs)} seeds; logit: the largest of "
+          "all heads, before\na step's clip; clipped: share of heads and steps")
 
 def draw(runs: list, num_heads: int, path: Path) -> None:
-    """Draws each run's largest logit, and below how often a head of the first seed was clipped."""
+    """Draws the largest logits, and below how often each head of the first seed was clipped."""
     figure = Figure(figsize=(8, 6), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True, sharey="row")
-    for column, name in enumerate(("MHA", "MLA")):
-        above, below = axes[:, column]
-        for run in [run for run in runs if run["attention"] == name]:
-            off = run["tau"] == "inf"
-            above.plot(list(map(max, run["logits"])), lw=0.9, color="#D55E00" if off else "#0072B2",
-                       label="without clip" if off else f"with QK-clip, tau = {run['tau']}")
-        above.axhline(float(run["tau"]), color="black", lw=0.8, ls="--")
-        above.set(title=name, yscale="log")
-        first = next(run for run in runs if run["attention"] == name and run["tau"] != "inf")
-        shares = torch.stack([part.double().mean(0) for part in clips(first).split(10)], 1)
-        image = below.imshow(100 * shares, vmin=0, vmax=100, cmap="Blues", aspect="auto",
-                             extent=(0, 10 * shares.size(1), len(shares), 0))
-        below.set(xlabel="step")
-    places = range(len(shares))
-    heads = [f"layer {i // num_heads} head {i % num_heads}" for i in places]
-    axes[1, 0].set_yticks([i + 0.5 for i in places], heads)
-    axes[0, 0].set_ylabel("largest logit q . k / sqrt(d)")
-    lines, labels = above.get_legend_handles_labels()
-    axes[0, 0].legend(lines[:2], labels[:2])
+    for run in runs:
+        tau, first = float(run["tau"]), run["seed"] == 0
+        above, below = axes[:, ["MHA", "MLA"].index(run["attention"])]
+        label = "without the clip" if tau == math.inf else f"QK-clip at {tau:g} (dashed)"
+        above.plot([max(heads) for heads in run["logits"]], lw=0.9, label=label if first else None,
+                   color="#D55E00" if tau == math.inf else "#0072B2")
+        if tau < math.inf and first:
+            above.axhline(tau, color="black", lw=0.8, ls="--")
+            above.set(title=run["attention"], yscale="log")
+            parts = [100 * part.double().mean(0) for part in clips(run).split(10)]
+            image = below.imshow(
+                torch.stack(parts, 1).numpy(), vmin=0, vmax=100, cmap="Blues", aspect="auto",
+                extent=(0, 10 * len(parts), len(parts[0]), 0))
+            below.set(xlabel="step")
+    names = [f"layer {i // num_heads} head {i % num_heads}" for i in range(len(parts[0]))]
+    axes[1, 0].set_yticks([i + 0.5 for i in range(len(names))], names)
+    axes[0, 0].set_ylabel("largest logit q . k / sqrt(d), each seed")
+    axes[0, 0].legend()
     figure.colorbar(image, ax=axes[1], label="steps that clipped the head, %")
     figure.savefig(path, dpi=100)
 
@@ -292,41 +281,37 @@ def compare(options) -> None:
         train_files=options.train_files, val_files=options.val_files,
         matrix_lr_ratio=options.lr / FIELDS["lr"]))
     train_gpt.join_ranks(c.collective_timeout)
-    batch_rows, runs = c.batch_tokens // c.seq_len, []
-    require(batch_rows % ranks()[1] == 0,
-            f"--nproc_per_node {ranks()[1]}: give a divisor of {batch_rows} rows")
-    rows = dict(train=train_gpt.Rows("train_files", c.train_files, c, c.num_steps * batch_rows),
+    count, processes, groups = c.batch_tokens // c.seq_len, ranks()[1], {}
+    require(count % processes == 0, f"--nproc_per_node {processes}: give a divisor of {count} rows")
+    rows = dict(train=train_gpt.Rows("train_files", c.train_files, c, c.num_steps * count),
                 val=train_gpt.Rows("val_files", c.val_files, c, c.val_tokens // c.seq_len))
-
-    variants = [(attention, tau) for attention in (MHA, MLA) for tau in (math.inf, options.tau)]
-    for seed in range(options.seeds):
-        for attention, tau in variants:
-            run = train(dataclasses.replace(c, seed=seed), attention, tau, rows)
-            runs.append(run)
-            if ranks()[0] == 0:
-                print(f"{run['attention']} tau {tau} seed {seed}: val loss {run['val_loss']:.4f}, "
-                      f"{run['seconds']:.1f} s", flush=True)
+    for seed, attention, tau in product(range(options.seeds), (MHA, MLA), (math.inf, options.tau)):
+        run = train(dataclasses.replace(c, seed=seed), attention, tau, rows)
+        groups.setdefault((run["attention"], run["tau"]), []).append(run)
+        if ranks()[0] == 0:
+            print(f"{run['attention']} tau {tau} seed {seed}: val loss {run['val_loss']:.4f}, "
+                  f"{run['seconds']:.1f} s", flush=True)
     if ranks()[0] == 0:
-        options.out.mkdir(parents=True, exist_ok=True)
+        runs = sum(groups.values(), [])
         figures = dict(options=vars(options), config=vars(c), runs=runs)
+        options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "muonclip.json").write_text(json.dumps(figures, default=str))
         draw(runs, c.num_heads, options.out / "muonclip.png")
-        for run in (runs[1], runs[3]):
-            print_heads(run, c.num_heads)
-        print_table(runs, [(attention.__name__, str(tau)) for attention, tau in variants])
+        print_table(groups)
 
 def main(arguments: list[str]) -> int:
+    track = train_gpt.TRACKS["tiny"]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    track = train_gpt.TRACKS["tiny"]
-    add = parser.add_argument
-    add("--tau", type=float, default=30.0, help="largest logit that is not clipped (default 30)")
-    add("--lr", type=float, default=0.02, help="learning rate of the matrices (default 0.02)")
-    add("--num_steps", type=int, default=400, help="of each run (default 400)")
-    add("--seeds", type=int, default=3, help="of each of the four variants (default 3)")
-    add("--train_files", default=track["train_files"], help="shards (default: those of tiny)")
-    add("--val_files", default=track["val_files"])
-    add("--out", type=Path, default=Path("examples/out"), help="folder (default examples/out)")
+    for name, default, text in (
+            ("tau", 30.0, "largest logit that is not clipped"),
+            ("lr", 0.02, "learning rate of the matrices"), ("num_steps", 250, "of each run"),
+            ("seeds", 3, "of each of the four variants"),
+            ("train_files", track["train_files"], "shards of text"),
+            ("val_files", track["val_files"], "shards of text"),
+            ("out", Path("examples/out"), "folder of what is written")):
+        parser.add_argument(f"--{name}", type=type(default), default=default,
+                            help=f"{text} (default: {default})")
     try:
         compare(parser.parse_args(arguments))
     except train_gpt.RunError as error:

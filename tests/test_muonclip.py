@@ -21,6 +21,7 @@ from examples.muonclip import MHA, MLA
 CONFIG = train_gpt.make_config(dict(
     track="tiny", num_layers=2, num_heads=4, head_dim=8, matrix_lr_ratio=1.0, matrix_weight_decay=0.1,
     update_scale="match_rms_adamw"))
+TAUS = (23.5, 22.5)     # of two steps: of the model below, between the logits of its heads
 
 
 def make_model(attention: type) -> muonclip.Transformer:
@@ -106,7 +107,7 @@ def test_largest_logits_by_chunks(chunk):
     with Sizes() as sizes:
         largest = muonclip.largest_logits(q, k, 0.25, chunk)
     torch.testing.assert_close(largest.double(), expected, rtol=1e-6, atol=0)
-    assert sizes.most <= 2 * 3 * 100 * min(chunk, 100)
+    assert sizes.most <= 2 * 3 * 100 * min(max(chunk, 8), 100)     # the keys have 8 channels
 
 
 @pytest.mark.parametrize("attention", [MHA, MLA])
@@ -156,7 +157,7 @@ def two_steps(attention: type, mine: slice) -> tuple[dict, list]:
     """Two steps on these rows of the batch, in float64: the parameters and the logits."""
     model = make_model(attention).double()
     optimizers = muonclip.make_optimizers(model, CONFIG)
-    logits = [muonclip.train_step(model, optimizers, tokens()[mine], 8.0) for _ in range(2)]
+    logits = [muonclip.train_step(model, optimizers, tokens()[mine], tau) for tau in TAUS]
     return {name: p.detach() for name, p in model.named_parameters()}, logits
 
 
@@ -180,22 +181,23 @@ def test_two_processes_clip_as_one():
         results = [rank.result(timeout=100) for rank in ranks]
     for number, attention in enumerate((MHA, MLA)):
         expected, logits = two_steps(attention, slice(None))
-        assert all((step > 8).any() and (step < 8).any() for step in logits)
+        assert all((step > tau).any() and (step < tau).any() for step, tau in zip(logits, TAUS, strict=True))
         for parameters, found in (rank[number] for rank in results):
             torch.testing.assert_close(found, logits, rtol=1e-9, atol=0)
             for name, p in parameters.items():
                 torch.testing.assert_close(p, expected[name], rtol=0, atol=1e-9, msg=name)
 
 
-def test_the_program_ends_with_a_table(text, tmp_path, capsys):
+def test_the_program_ends_with_a_table(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(muonclip, "FIELDS", dict(muonclip.FIELDS, head_dim=8, batch_tokens=256))
     options = ["--num_steps", "11", "--seeds", "2", "--tau", "1", "--out", str(tmp_path / "out")]
     assert muonclip.main([*text, *options]) == 0
     printed = capsys.readouterr().out
     runs = json.loads((tmp_path / "out/muonclip.json").read_text())["runs"]
-    assert {(run["attention"], run["tau"]) for run in runs} == {("MHA", 1), ("MLA", 1), ("MHA", math.inf), ("MLA", math.inf)}
+    assert {run["attention"] + run["tau"] for run in runs} == {"MHAinf", "MHA1.0", "MLAinf", "MLA1.0"}
     assert len(runs) == 8 and all(len(run["logits"]) == 11 for run in runs)
     assert (tmp_path / "out/muonclip.png").stat().st_size > 10_000
-    assert len([line for line in printed.splitlines() if "±" in line]) == 6
+    assert len([line for line in printed.splitlines() if " ± 0." in line]) == 6
 
 
 @pytest.mark.parametrize("option, value", [
