@@ -274,8 +274,13 @@ def draw(runs: list, num_heads: int, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 def compare(options) -> None:
-    require(options.tau > 0, f"--tau {options.tau:g}: give a logit above 0, such as 100")
-    require(options.seeds > 0, f"--seeds {options.seeds}: give at least 1")
+    for name in ("tau", "lr", "seeds"):
+        value = getattr(options, name)
+        require(0 < value < math.inf, f"--{name} {value:g}: give a number above 0")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise train_gpt.RunError(f"--out {options.out}: {error.strerror}; give a folder") from None
     c = train_gpt.make_config(dict(
         FIELDS, track="tiny", num_steps=options.num_steps, cooldown_steps=options.num_steps // 2,
         train_files=options.train_files, val_files=options.val_files,
@@ -294,7 +299,6 @@ def compare(options) -> None:
     if ranks()[0] == 0:
         runs = sum(groups.values(), [])
         figures = dict(options=vars(options), config=vars(c), runs=runs)
-        options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "muonclip.json").write_text(json.dumps(figures, default=str))
         draw(runs, c.num_heads, options.out / "muonclip.png")
         print_table(groups)

@@ -201,9 +201,9 @@ def test_the_program_ends_with_a_table(text, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("option, value", [
-    ("tau", "0"), ("tau", "-3"), ("tau", "nan"), ("seeds", "0"), ("num_steps", "0"), ("train_files", "nowhere/*.bin"),
-    ("val_files", "nowhere/*.bin")])
+    ("tau", "0"), ("tau", "-3"), ("tau", "nan"), ("lr", "-1"), ("seeds", "0"), ("num_steps", "0"),
+    ("train_files", "nowhere/*.bin"), ("val_files", "nowhere/*.bin"), ("out", __file__)])
 def test_bad_input_is_one_line(text, tmp_path, capsys, option, value):
-    assert muonclip.main([*text, "--num_steps", "1", "--out", str(tmp_path), f"--{option}", value]) == 2
+    assert muonclip.main([*text, "--out", str(tmp_path), f"--{option}", value]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith(f"error: --{option} {value}: ") and printed.err.count("\n") == 1
