@@ -245,8 +245,8 @@ def print_table(groups: dict) -> None:
             costs = [b - a for a, b in zip(before, losses, strict=True)]
             print(f"{attention:9}  the clip changes a seed's loss by {spread(costs, 4)}")
         before = losses
-    print(f"loss: nats a byte; ±: standard deviation of {len(runs)} seeds; logit: the largest of "
-          "all heads, before\na step's clip; clipped: share of heads and steps")
+    print(f"loss: nats a byte; ±: standard deviation, n = {len(runs)}; logit: of all heads, before "
+          "a step's clip;\nclipped: share of all heads in all steps")
 
 def draw(runs: list, num_heads: int, path: Path) -> None:
     """Draws the largest logits, and below how often each head of the first seed was clipped."""
@@ -260,17 +260,20 @@ def draw(runs: list, num_heads: int, path: Path) -> None:
                    color="#D55E00" if tau == math.inf else "#0072B2")
         if tau < math.inf and first:
             above.axhline(tau, color="black", lw=0.8, ls="--")
-            above.set(title=run["attention"], yscale="log")
+            above.set(title=run["attention"], yscale="log", yticks=(1, 3, 10, 30, 100, 300))
+            above.yaxis.set_major_formatter("{x:g}")
+            above.minorticks_off()
+            above.grid(alpha=0.3)
             parts = [100 * part.double().mean(0) for part in clips(run).split(10)]
             image = below.imshow(
                 torch.stack(parts, 1).numpy(), vmin=0, vmax=100, cmap="Blues", aspect="auto",
                 extent=(0, 10 * len(parts), len(parts[0]), 0))
-            below.set(xlabel="step")
+            below.set(xlabel="step (of 1,024 bytes)")
     names = [f"layer {i // num_heads} head {i % num_heads}" for i in range(len(parts[0]))]
     axes[1, 0].set_yticks([i + 0.5 for i in range(len(names))], names)
-    axes[0, 0].set_ylabel("largest logit q . k / sqrt(d), each seed")
+    axes[0, 0].set_ylabel("largest logit q·k / √d, each seed")
     axes[0, 0].legend()
-    figure.colorbar(image, ax=axes[1], label="steps that clipped the head, %")
+    figure.colorbar(image, ax=axes[1], label="steps that clip (first seed), %")
     figure.savefig(path, dpi=100)
 
 def compare(options) -> None:

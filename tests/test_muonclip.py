@@ -190,12 +190,12 @@ def test_two_processes_clip_as_one():
 
 def test_the_program_ends_with_a_table(text, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(muonclip, "FIELDS", dict(muonclip.FIELDS, head_dim=8, batch_tokens=256))
-    options = ["--num_steps", "11", "--seeds", "2", "--tau", "1", "--out", str(tmp_path / "out")]
+    options = ["--num_steps", "3", "--seeds", "2", "--tau", "1", "--out", str(tmp_path / "out")]
     assert muonclip.main([*text, *options]) == 0
     printed = capsys.readouterr().out
     runs = json.loads((tmp_path / "out/muonclip.json").read_text())["runs"]
     assert {run["attention"] + run["tau"] for run in runs} == {"MHAinf", "MHA1.0", "MLAinf", "MLA1.0"}
-    assert len(runs) == 8 and all(len(run["logits"]) == 11 for run in runs)
+    assert len(runs) == 8 and all(len(run["logits"]) == 3 for run in runs)
     assert (tmp_path / "out/muonclip.png").stat().st_size > 10_000
     assert len([line for line in printed.splitlines() if " ± 0." in line]) == 6
 
