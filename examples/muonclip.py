@@ -8,7 +8,8 @@
 Without QK-norm nothing bounds a logit q . k: it grows with the weights that make q and k. This
 program trains a small transformer on the text of the track `tiny`, with multi-head attention
 (MHA) and with multi-head latent attention (MLA), each without and with the clip. It writes what
-it measures to OUT/muonclip.json, draws OUT/muonclip.png and ends with a table.
+it measures to OUT/muonclip.json, draws OUT/muonclip.png and ends with a table. On a CPU, where
+its three seeds take 4.5 minutes of one core. A run of it: records/examples/muonclip.txt.
 """
 import argparse
 import dataclasses
