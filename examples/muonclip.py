@@ -226,6 +226,9 @@ def clips(run: dict) -> torch.Tensor:
     # (steps, L * H): whether the step clipped the head.
     return torch.tensor(run["logits"], dtype=torch.float64) > float(run["tau"])
 
+def tops(run: dict) -> list:
+    return [max(heads) for heads in run["logits"]]  # of each step
+
 def spread(values: list, digits: int) -> str:
     std = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{fmean(values):.{digits}f}{std}"
@@ -237,11 +240,10 @@ def print_table(groups: dict) -> None:
         "attention", "tau", "val loss", "largest logit", "at the end", "clipped"))
     for (attention, tau), runs in groups.items():
         losses = [run["val_loss"] for run in runs]
-        tops = [[max(heads) for heads in run["logits"]] for run in runs]
         share = fmean(clips(run).double().mean().item() for run in runs)
         print(form.format(
-            attention, tau, spread(losses, 4), spread([max(top) for top in tops], 1),
-            spread([top[-1] for top in tops], 1), f"{share:.1%}"))
+            attention, tau, spread(losses, 4), spread([max(tops(run)) for run in runs], 1),
+            spread([tops(run)[-1] for run in runs], 1), f"{share:.1%}"))
         if tau != "inf":
             costs = [b - a for a, b in zip(before, losses, strict=True)]
             print(f"{attention:9}  the clip changes a seed's loss by {spread(costs, 4)}")
@@ -257,7 +259,7 @@ def draw(runs: list, num_heads: int, path: Path) -> None:
         tau, first = float(run["tau"]), run["seed"] == 0
         above, below = axes[:, ["MHA", "MLA"].index(run["attention"])]
         label = "without the clip" if tau == math.inf else f"QK-clip at {tau:g} (dashed)"
-        above.plot([max(heads) for heads in run["logits"]], lw=0.9, label=label if first else None,
+        above.plot(tops(run), lw=0.9, label=label if first else None,
                    color="#D55E00" if tau == math.inf else "#0072B2")
         if tau < math.inf and first:
             above.axhline(tau, color="black", lw=0.8, ls="--")
