@@ -55,15 +55,14 @@ try:
     c = train_gpt.make_config(given, saved)
 except train_gpt.RunError as error:
     sys.exit(f"error: {error}")
-plan = dict(chosen=chosen, train_files=c.train_files, val_files=c.val_files, log_dir=c.log_dir,
-            prepare="" if saved or "train_files" in given else c.prepare,
+plan = dict(chosen=chosen, data=c.folder, log_dir=c.log_dir, prepare="" if saved or "data" in given else c.prepare,
             run=c.run_id and os.path.join(c.log_dir, c.run_id),
             processes=len(gpus) if gpus and train_gpt.batch_rows(c, 0) * c.seq_len >= 4096 * len(gpus) else 1)  # fewer leave GPUs idle
 print(*(f"{name}={shlex.quote(str(value))}" for name, value in plan.items()))' "$@")
 eval "$plan"
 
 [ -z "$prepare" ] || "$python" $prepare     # a program with its options
-checked=$(IFS=; "$python" data/shards.py verify $train_files $val_files) ||     # patterns, which may hold spaces
+checked=$("$python" data/shards.py verify "$data/*train_*.bin" "$data/*val_*.bin") ||
     { grep -v ': good: ' <<<"$checked" >&2; exit 1; }
 
 processes=${NPROC_PER_NODE:-$processes} rendezvous=--standalone

@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} out=${OUT:-logs/gpu} gpus=${GPUS:-1}
 export TIKTOKEN_CACHE_DIR=${TIKTOKEN_CACHE_DIR:-.tiktoken}
 mkdir -p "$out"
-text=(--train_files 'data/site_packages/train_*.bin' --val_files 'data/site_packages/val_*.bin')
+text=(--data data/site_packages)
 
 part() {     # NAME COMMAND...: runs it, keeps its output, status and seconds
     local name=$1 start=$SECONDS

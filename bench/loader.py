@@ -46,8 +46,8 @@ def alone(folder: str, tokens: int, seq_len: int, step_tokens: int, num_ranks: i
     """Returns the M tokens/s of the loader and of the plain copy, medians of the rounds."""
     with ShardWriter(Path(folder, "train.bin"), 50257) as shard:
         shard.write(np.random.default_rng(0).integers(0, 50257, size=tokens).astype("<u2"))
-    c = argparse.Namespace(document_tokens=0, seq_len=seq_len, vocab_size=50257, prepare="")
-    rows = train_gpt.Rows("train_files", f"{folder}/train.bin", c, 10**9)
+    c = argparse.Namespace(folder=Path(folder), document_tokens=0, seq_len=seq_len, vocab_size=50257, prepare="")
+    rows = train_gpt.Rows("train.bin", c, 10**9)
     known_rows = rows.read(range(rows.count)).numpy()
     share = step_tokens // seq_len // num_ranks
     starts = list(range(0, rows.count * num_ranks + 1, share * num_ranks))

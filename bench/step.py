@@ -51,11 +51,11 @@ def train(run, steps: int) -> dict[str, list[float]]:
         clock.stop("loader")
         train_gpt.accumulate_gradients(run.model, tokens, run.micro_batch)
         clock.stop("forward and backward")
-        train_gpt.set_schedules(run.optimizers, run.config, run.state.step)
+        train_gpt.set_schedules(run.optimizers, run.config, run.step)
         for name, optimizer in run.optimizers.items():
             optimizer.step()
             clock.stop(name)
-        run.state.step += 1
+        run.step += 1
     return clock.seconds
 
 

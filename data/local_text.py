@@ -73,6 +73,8 @@ def find_files(args) -> list[tuple[str, str]]:
             base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parent.parts))
             paths = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
         files = [(str(path), path.relative_to(base).as_posix()) for path in paths if path.is_file()]
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ShardError(f"{given}: a pipe or a device; write what it gives into a file")
         if not files:
             raise ShardError(f"{given}: no such file, or none in it ends in {' '.join(args.suffixes)} (--suffixes)")
         found += [file for file in files if not file[1].startswith(args.skips)]
@@ -131,7 +133,8 @@ def read_documents(files: list[tuple[str, str]], args) -> Iterator[tuple[str, bo
         except ShardError:
             raise
         except Exception as error:      # the readers raise a dozen types
-            raise ShardError(f"{path}: {type(error).__name__}: {error}; repair the file, or leave it out") from error
+            first = str(error).partition("\n")[0]
+            raise ShardError(f"{path}: {type(error).__name__}: {first}; repair the file, or leave it out") from error
 
 
 def bpe_training_texts(documents: Iterator[tuple[str, bool, bytes]]) -> Iterator[str]:

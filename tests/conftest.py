@@ -17,7 +17,7 @@ import train_gpt
 ROOT = Path(__file__).parent.parent
 SMALL = ["--num_layers", "2", "--num_heads", "2", "--head_dim", "16", "--seq_len", "32", "--batch_tokens", "512",
          "--val_tokens", "2048", "--num_steps", "20", "--cooldown_steps", "10", "--momentum_warmup_steps", "5",
-         "--dtype", "float32", "--ngram_rows", "512", "--second_files", ""]
+         "--dtype", "float32", "--ngram_rows", "512"]
 # Every part of the recipe that `tiny` leaves out, in three stages.
 STAGED = ["--stages", "1:8 2:16 3:0", "--val_window", "24", "--windows", "SL", "--document_tokens", "24",
           "--mixing", "on", "--value_tables", "1", "--ngram_max", "3", "--ngram_dim", "8",
@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory) -> list[str]:
-    """Options that name small shards: bytes of a second-order pattern, which a model can learn."""
+    """Options that name a folder of small shards: bytes of a second-order pattern, which a model can learn."""
     folder = tmp_path_factory.mktemp("data")
     random = np.random.default_rng(0)
     words = [bytes(random.integers(97, 123, size=random.integers(2, 7), dtype=np.uint8)) for _ in range(40)]
@@ -56,7 +56,7 @@ def text(tmp_path_factory) -> list[str]:
         tokens[random.integers(0, len(tokens), size=size // 10)] = 256     # documents of very different lengths
         with ShardWriter(folder / f"{name}.bin", 257) as shard:
             shard.write(tokens)
-    return ["--train_files", f"{folder}/train_*.bin", "--val_files", f"{folder}/val_*.bin"]
+    return ["--data", str(folder)]
 
 
 def command(*arguments, nproc: int = 1) -> list[str]:

@@ -1,6 +1,7 @@
 """What only a GPU can show; bench/gpu.sh runs these on one."""
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -111,8 +112,8 @@ def test_a_step_of_training_never_waits_for_the_gpu(text, tmp_path, monkeypatch)
 
 def test_the_loader_gives_the_gpu_the_cpus_batches(text):
     """Copied while the GPU is kept busy; compared after the fact, so that a race would show."""
-    c = SimpleNamespace(vocab_size=257, seq_len=32, document_tokens=0, prepare="data/local_text.py")
-    rows = train_gpt.Rows("train_files", text[1], c, 10**9)
+    c = SimpleNamespace(folder=Path(text[1]), vocab_size=257, seq_len=32, document_tokens=0, prepare="data/mine.py")
+    rows = train_gpt.Rows("*train_*.bin", c, 10**9)
     starts = list(range(0, 4001, 40))
     expected = list(train_gpt.load_batches(rows, starts, 0, torch.device("cpu")))
     busy, copies = torch.randn(4096, 4096, device="cuda"), []

@@ -21,13 +21,13 @@ def make_rows(folder, lengths, seq_len=8, max_rows=10**9) -> train_gpt.Rows:
     for i, length in enumerate(lengths):
         (folder / f"s_{i:03d}.bin").write_bytes(raw_shard(range(start, start + length), 65535))
         start += length
-    c = SimpleNamespace(vocab_size=65535, seq_len=seq_len, document_tokens=0, prepare="data/local_text.py")
-    return train_gpt.Rows("train_files", f"{folder}/s_*.bin", c, max_rows)
+    c = SimpleNamespace(folder=folder, vocab_size=65535, seq_len=seq_len, document_tokens=0, prepare="data/mine.py")
+    return train_gpt.Rows("s_*.bin", c, max_rows)
 
 
 def test_shards_of_others_are_read_and_hashed(tmp_path):
     (tmp_path / "gpt2.bin").write_bytes(raw_shard([1, 50256, 0], 50257, checksum=False))     # as llm.c writes them
-    assert train_gpt.open_shard(str(tmp_path / "gpt2.bin"), 50257).tolist() == [1, 50256, 0]
+    assert train_gpt.open_shard(tmp_path / "gpt2.bin", 50257).tolist() == [1, 50256, 0]
     rows = make_rows(tmp_path, [20, 30])
     assert rows.sha256 == hashlib.sha256(b"".join((tmp_path / f"s_00{i}.bin").read_bytes() for i in (0, 1))).hexdigest()
 
@@ -40,22 +40,22 @@ def test_shards_of_others_are_read_and_hashed(tmp_path):
     (lambda good: good[:8] + b"\1\0\0\0" + good[12:], "damaged"),
     (lambda good: good[:8] + b"\xff\xff\xff\xff" + good[12:], "-1"),
     (lambda good: good[:1024] + b"\1\1" + good[1026:], "a token is 257 or more"),
-    (lambda good: good[:12] + b"\0\2\0\0" + good[16:], "--vocab_size 512"),
+    (lambda good: good[:12] + b"\0\2\0\0" + good[16:], "--vocab_size 257"),
 ], ids=["magic", "truncated", "short", "tiny", "fewer tokens", "negative", "range", "vocabulary"])
 def test_bad_shards_are_named(tmp_path, change, words):
     path = tmp_path / "bad.bin"
     path.write_bytes(change(raw_shard(range(200))))
     with pytest.raises(train_gpt.RunError) as error:
-        train_gpt.open_shard(str(path), 257)
+        train_gpt.open_shard(path, 257)
     assert str(path) in str(error.value) and words in str(error.value)
 
 
 def test_bad_data_end_a_run_before_it_writes(text, tmp_path, capsys):
-    (tmp_path / "bad.bin").write_bytes(raw_shard([1, 300]))
+    (tmp_path / "train_bad.bin").write_bytes(raw_shard([1, 300]))
     for options, words in (
-            (["--train_files", tmp_path / "bad.bin"], ["bad.bin", "257"]),
-            (["--train_files", tmp_path / "no_*.bin"], [f"--train_files {tmp_path}/no_*.bin", "data/local_text.py"]),
-            (["--val_tokens", 2**20], [f"--val_tokens {2**20}", text[3]])):
+            (["--data", tmp_path], ["train_bad.bin", "257"]),
+            (["--data", tmp_path / "none"], [f"--data {tmp_path}/none", "*train_*.bin", "data/local_text.py"]),
+            (["--val_tokens", 2**20], [f"--val_tokens {2**20}", text[1]])):
         assert train("tiny", *SMALL, *text, *options, "--log_dir", tmp_path / "logs") == 2
         message = capsys.readouterr().err
         assert all(word in message for word in words) and not (tmp_path / "logs").exists()
@@ -100,14 +100,14 @@ def test_rows_of_documents(tmp_path, cut):
                 place -= 1
             expected.append([token for _, token in kept[place:place + 9]])
             most = max(most, len({j for j, _ in kept[place:place + 8]}))
-    c = SimpleNamespace(vocab_size=257, seq_len=8, document_tokens=8, prepare="data/local_text.py")
-    rows = train_gpt.Rows("train_files", f"{tmp_path}/s_*.bin", c, 10**9, cut)
+    c = SimpleNamespace(folder=tmp_path, vocab_size=257, seq_len=8, document_tokens=8, prepare="data/local_text.py")
+    rows = train_gpt.Rows("s_*.bin", c, 10**9, cut)
     assert rows.count == len(expected) and rows.read(range(rows.count)).tolist() == expected
     assert most <= rows.documents <= 9
     (tmp_path / "s_9.bin").write_bytes(raw_shard(range(50)))
     if cut:
         with pytest.raises(train_gpt.RunError, match=f"--document_tokens {cut}: no end-of-text in a shard; give 0"):
-            train_gpt.Rows("train_files", f"{tmp_path}/s_*.bin", c, 10**9, cut)
+            train_gpt.Rows("s_*.bin", c, 10**9, cut)
 
 
 def test_a_run_reads_only_the_shards_that_its_budget_needs(tmp_path):

@@ -100,7 +100,7 @@ def test_collectives(reports):
     of Muon's matrices."""
     c = config_of("8 x H100")
     sizes = {name: p.numel() for name, p in train_gpt.GPT(c).named_parameters() if p.requires_grad}
-    matrices = sum(size for name, size in sizes.items() if re.search(r"blocks.*(qkv|proj|up)", name))
+    matrices = sum(size for name, size in sizes.items() if re.search(r"blocks.*(query|key|value|proj|up)", name))
     for step, record in enumerate(reports["8 x H100"][1]["steps"]):
         tokens = train_gpt.batch_rows(c, step) * c.seq_len
         _, size = record["collectives"].pop("c10d::allreduce_ float32")

@@ -296,9 +296,10 @@ def test_separators_equal_names_and_half_characters(tmp_path, folder):
     ("a.jsonl", b"[1]\n", "line 1 has no text in 'text': [1]"), ("a.jsonl", b'{"text": 1}', "name its --text_field"),
     ("a.parquet", dict(text=["a", None]), "row 2 has no text in 'text'"), ("a.parquet", dict(text=[1]), "row 1 has no"),
     ("a.parquet", dict(body=["a"], n=[1]), "row 1 has no text in 'text': {'body': 'a', 'n': 1}"),
-    ("a.parquet", b"text", "a.parquet: ArrowInvalid"), ("a.gz", b"text", "a.gz: BadGzipFile"),
+    ("a.parquet", b"text", "a.parquet: ArrowInvalid"), ("a.parquet", b"PAR1" + bytes(99) + b"PAR1", "a.parquet: "),
+    ("a.gz", b"text", "a.gz: BadGzipFile"),
     ("a.txt.gz", gzip.compress(bytes(range(256)) * 9)[:-20], "a.txt.gz: EOFError"),
-    ("a.txt", b"a" + b"\n" * 1_200_000 + b"b", "a.txt: tiktoken cannot split it")], ids=range(12))
+    ("a.txt", b"a" + b"\n" * 1_200_000 + b"b", "a.txt: tiktoken cannot split it")], ids=range(13))
 @pytest.mark.parametrize("trained", [False, True], ids=["ranks", "trained"])
 def test_errors_of_files(tmp_path, folder, name, data, message, trained):
     if isinstance(data, dict):
@@ -307,16 +308,19 @@ def test_errors_of_files(tmp_path, folder, name, data, message, trained):
         (tmp_path / name).write_bytes(data)
     options = ["--train_bpe", 258] if trained else ["--encoding", write_small_ranks(tmp_path / "ranks")]
     error = error_of(folder, tmp_path / name, "--out", tmp_path / "out", *options)
-    assert message in error and str(tmp_path / name) in error and os.listdir(tmp_path / "out") == [".local_text.lock"]
+    assert message in error and str(tmp_path / name) in error and "\n" not in error
+    assert os.listdir(tmp_path / "out") == [".local_text.lock"]
 
 
 @pytest.mark.parametrize("given, options, message", [
     ("no", [], "no: no such file"), ("text/0.txt", [], "1 documents fall to training and 0 to validation"),
+    ("pipe", [], "pipe: a pipe or a device"),
     ("empty", [], "none in it ends in .txt .md .py .jsonl .parquet (--suffixes)"),
     ("text", ["--encoding", "none"], "none: not BPE ranks"), ("text", ["--out", "text/0.txt"], "File exists")])
 def test_errors_of_arguments(tmp_path, folder, monkeypatch, given, options, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     assert message in error_of(given, "--out", "out", *options)
 
 

@@ -72,7 +72,7 @@ def reference_logits(model: train_gpt.GPT, tokens: list[int], window: int = 0) -
             a, b = w[name + "mix"]
             x = (1 + a) * x + b * x0
         table = min(layer, layer - c.num_layers + c.value_tables, key=lambda i: not 0 <= i < c.value_tables)
-        q, k, v = (norm(x) @ w[name + "attention.qkv.weight"].T).chunk(3, dim=-1)
+        q, k, v = (norm(x) @ w[f"{name}attention.{part}.weight"].T for part in ("query", "key", "value"))
         heads = []
         for h in range(c.num_heads):
             part = slice(h * c.head_dim, (h + 1) * c.head_dim)
@@ -158,7 +158,7 @@ def test_attention_of_a_cpu_against_float64(length):
 
 
 def test_an_ngram_of_one_token_is_refused():
-    with pytest.raises(train_gpt.RunError, match="--ngram_max 1: give at least 2"):
+    with pytest.raises(train_gpt.RunError, match="--ngram_max 1: give 2 or more"):
         train_gpt.GPT(train_gpt.make_config(dict(track="tiny", ngram_max=1)))
 
 

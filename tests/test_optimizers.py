@@ -95,17 +95,16 @@ VARIANTS = dict(
     normuon_with_decay=dict(beta2=0.8, weight_decay=0.5))
 
 
-@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16), (72, 24), (2, 24, 8), (2, 8, 24)])
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16), (2, 24, 8), (2, 8, 24)])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 def test_muon_against_a_transcription(shape, dtype, tolerance):
-    """A group a variant, for a matrix of any form, one of three fused parts and banks of two, whose rows have gradients
+    """A group a variant, for a matrix of any form and banks of two, whose rows have gradients
     of many sizes."""
-    parts = 3 if shape == (72, 24) else 1
     start = normal(*shape, seed=99).to(dtype)
     params = {name: torch.nn.Parameter(start.clone()) for name in VARIANTS}
-    exact = {name: list(start.double().reshape(-1, shape[-2] // parts, shape[-1])) for name in VARIANTS}
+    exact = {name: list(start.double().reshape(-1, *shape[-2:])) for name in VARIANTS}
     states = {name: [{} for _ in exact[name]] for name in VARIANTS}
-    groups = [dict(params=[params[name]], parts=parts, **settings) for name, settings in VARIANTS.items()]
+    groups = [dict(params=[params[name]], **settings) for name, settings in VARIANTS.items()]
     optimizer = train_gpt.Muon(groups, lr=0.1, momentum=0.9)
     for step, lr in enumerate([0.1, 0.1, 0.1, 0.06, 0.06]):
         gradient = normal(*shape, seed=step).to(dtype) * torch.logspace(0, 2, shape[-2], dtype=dtype)[:, None]
@@ -119,8 +118,6 @@ def test_muon_against_a_transcription(shape, dtype, tolerance):
         end = torch.cat(exact[name]).view(shape)
         error = (p - end).norm() / (end - start).norm()
         assert error < tolerance, name
-    for group in optimizer.state_dict()["param_groups"]:
-        assert group.keys() >= train_gpt.Muon.SETTINGS.keys()
 
 
 @pytest.mark.parametrize("scale", ["sqrt_ratio", "match_rms_adamw"])
@@ -174,30 +171,16 @@ def test_a_copy_goes_on_as_the_original():
     assert torch.equal(p, q) and torch.equal(v, w)
 
 
-@pytest.mark.parametrize("name, shape, parts, words", [
-    ("blocks.0.gain", (8,), 1, "AdamW"), ("scale", (), 1, "AdamW"), ("conv.weight", (8, 4, 3, 3), 1, "flatten"),
-    ("qkv.weight", (8, 4), 3, "3"), ("bank", (6, 8, 4), 3, "3")])
-def test_muon_refuses_what_does_not_belong(name, shape, parts, words):
-    """By shape, and by what the caller says, in the constructor and later; the name is in the message."""
-    good, bad = parameter(8, 4), dict(params=[(name, parameter(*shape))], parts=parts)
+@pytest.mark.parametrize("name, shape, words", [
+    ("blocks.0.gain", (8,), "AdamW"), ("scale", (), "AdamW"), ("conv.weight", (8, 4, 3, 3), "flatten")])
+def test_muon_refuses_what_does_not_belong(name, shape, words):
+    """By shape, in the constructor and later; the name is in the message."""
+    good, bad = parameter(8, 4), dict(params=[(name, parameter(*shape))])
     optimizer = train_gpt.Muon([("good", good)])
     for make in (lambda: train_gpt.Muon([bad]), lambda: optimizer.add_param_group(bad)):
         with pytest.raises(ValueError, match=re.escape(f"{name}, {shape}") + f".*{words}"):
             make()
-    assert len(optimizer.param_groups) == 1
-    optimizer.step()
     train_gpt.Muon([("embedder.weight", good)])     # a name alone says nothing
-
-
-@pytest.mark.parametrize("setting", [
-    dict(lr=-0.1), dict(lr=float("nan")), dict(momentum=1.5), dict(momentum=1.0), dict(momentum=-0.1), dict(beta2=1.0),
-    dict(weight_decay=-1), dict(parts=0), dict(ns_steps=0), dict(update_scale="sqrt"), dict(nesterof=True)])
-def test_bad_settings_are_refused_in_the_constructor_and_in_a_group(setting):
-    (name, value), = setting.items()
-    for make in (lambda: train_gpt.Muon([parameter(8, 4)], **setting),
-                 lambda: train_gpt.Muon([dict(params=[parameter(8, 4)], **setting)])):
-        with pytest.raises(ValueError, match=name):
-            make()
 
 
 @pytest.mark.parametrize("gradient, settings", [
@@ -275,19 +258,18 @@ def test_row_adam_against_torchs_sparse_adam():
     ("muon", "sqrt_ratio", 10), ("muon", "sqrt_max", 0.1), ("muon", "match_rms_adamw", 1),
     ("orthogonal_nesterov", "none", 10), ("adamw", "sqrt_ratio", 1)])
 def test_each_scale_has_the_ratio_that_belongs_to_it(matrix_optimizer, scale, ratio):
-    """OrthogonalNesterov sums in the momentum, has no scale, and takes QKV as one matrix."""
+    """OrthogonalNesterov sums in the momentum and has no scale."""
     model = small_model(matrix_optimizer=matrix_optimizer, update_scale=scale, lr=0.002)
     optimizers, table = train_gpt.make_optimizers(model, model.config)
     groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
     groups = {p: group for group in groups for p in group["params"]}
     assert len(groups) == len(list(model.parameters()))
     assert groups[model.lm_head.weight]["lr"] == 0.002
-    group = groups[model.blocks[1].attention.qkv.weight]
+    group = groups[model.blocks[1].attention.key.weight]
     assert group["lr"] == pytest.approx(0.002 * ratio)
-    assert table.count(matrix_optimizer) >= 2 and "lm_head.weight" in table
+    assert matrix_optimizer in table and "lm_head.weight" in table
     if matrix_optimizer != "adamw":
-        summing = matrix_optimizer == "orthogonal_nesterov"
-        assert (group["update_scale"], group["parts"]) == (scale, 1 if summing else 3)
+        assert group["update_scale"] == scale
 
 
 @pytest.fixture
@@ -305,7 +287,7 @@ def first_row(monkeypatch):
 @pytest.mark.parametrize("matrix_optimizer", ["muon", "orthogonal_nesterov", "adamw"])
 def test_a_new_optimizer_is_an_entry_and_a_row(matrix_optimizer, text, tmp_path, monkeypatch, first_row):
     """Adagrad for the embedding, beside each optimizer of the matrices: it learns, and a resume is bit-equal."""
-    first_row("*embed.weight", "new", 0.01, 0.0, 1)
+    first_row("*embed.weight", "new", 0.01, 0.0)
     monkeypatch.setitem(train_gpt.OPTIMIZERS, "new", lambda groups, c: torch.optim.Adagrad(groups))
     options = ["--matrix_optimizer", matrix_optimizer, "--save_every", 12, "--log_dir", tmp_path]
     assert train("tiny", *SMALL, *text, *options, "--run_id", "r") == 0

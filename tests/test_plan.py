@@ -84,7 +84,7 @@ def test_the_published_recipe():
     model = train_gpt.GPT(replace(c, num_heads=1, num_layers=1))
     assert {name for name, _ in model.named_parameters()} == {
         "embed.weight", "lm_head.weight", *(f"blocks.0.{name}.weight" for name in (
-            "attention.qkv", "attention.proj", "mlp.up", "mlp.proj"))}
+            "attention.query", "attention.key", "attention.value", "attention.proj", "mlp.up", "mlp.proj"))}
 
 
 def test_which_gpu_it_is():

@@ -21,13 +21,13 @@ case "$*" in *${{FAILS:-nothing}}*) echo "x: good: x"; echo "bad: y"; exit 3 ;; 
 """
 ADDED = """
 torch.cuda.device_count = lambda: int(os.environ.get("GPUS", 0))
-torch.cuda.get_device_properties = lambda i: SimpleNamespace(major=8, total_memory=float(os.environ["BYTES"]))
-TRACKS["mine"] = dict(prepare="data/mine.py own/1.bin", train_files="own/*.bin", val_files="own/*.bin", vocab_size=257,
-                      document_tokens=0)
+torch.cuda.get_device_properties = lambda i: argparse.Namespace(major=8, total_memory=float(os.environ["BYTES"]))
+TRACKS["mine"] = dict(prepare="data/mine.py own", data="own", vocab_size=257, document_tokens=0)
 if __name__"""
 MINE = """import numpy, shards, sys
-with shards.ShardWriter(sys.argv[1], 257) as shard:
-    shard.write(numpy.random.default_rng(0).integers(0, 97, 2100).astype("<u2"))"""
+for part in "train", "val":
+    with shards.ShardWriter(f"{sys.argv[1]}/{part}_0.bin", 257) as shard:
+        shard.write(numpy.random.default_rng(0).integers(0, 97, 2100).astype("<u2"))"""
 
 
 def script(path, text: str) -> None:
@@ -62,9 +62,13 @@ ONE_OF_TWO = ("-m torch.distributed.run --nnodes=2 --node_rank=1 --master_addr=1
 EIGHT, NODES = dict(GPUS="8", BYTES="80e9"), dict(NNODES="2", NODE_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="99")
 
 
+def verify(folder: str) -> str:
+    return f"data/shards.py verify {folder}/*train_*.bin {folder}/*val_*.bin"
+
+
 def steps(track: str, launched: str) -> list[str]:
     c = train_gpt.make_config(dict(track=track))
-    return [c.prepare, f"data/shards.py verify {c.train_files} {c.val_files}", launched, "tools/plot.py logs/new/"]
+    return [c.prepare, verify(c.data), launched, "tools/plot.py logs/new/"]
 
 
 @pytest.mark.parametrize("arguments, variables, status, lines", [
@@ -73,12 +77,12 @@ def steps(track: str, launched: str) -> list[str]:
     ("--preflight --num_steps 5", EIGHT, 0,
      [*steps("small", "")[:2], "tools/preflight.py --processes 8 small --num_steps 5"]),
     ("small", EIGHT | NODES, 0, steps("small", ONE_OF_TWO + "train_gpt.py small")[:-1]),     # the other node plots
-    ("tiny --train_files m*.bin --val_files=v.bin --run_id r --log_dir a", dict(NPROC_PER_NODE="2", FAILS="plot"), 0, [
-        "data/shards.py verify m*.bin v.bin",
-        TORCHRUN + "2 train_gpt.py tiny --train_files m*.bin --val_files=v.bin --run_id r --log_dir a",
+    ("tiny --data=m --run_id r --log_dir a", dict(NPROC_PER_NODE="2", FAILS="plot"), 0, [
+        verify("m"),
+        TORCHRUN + "2 train_gpt.py tiny --data=m --run_id r --log_dir a",
         "tools/plot.py a/r", "run.sh: the run is complete, but its plot could not be drawn"]),
     ("--resume logs/new", EIGHT, 0, [
-        "data/shards.py verify t  t v", TORCHRUN + "8 train_gpt.py --resume logs/new", "tools/plot.py logs/new"]),
+        verify("t  t"), TORCHRUN + "8 train_gpt.py --resume logs/new", "tools/plot.py logs/new"]),
     ("tiny", dict(FAILS="verify"), 1, [*steps("tiny", "")[:2], "bad: y"]),
     ("tiny", dict(FAILS="train_gpt"), 3, steps("tiny", "train_gpt.py tiny")[:-1]),
     ("large", {}, 1, ["error: track large: give small or lab or tiny or mine"]),
@@ -88,7 +92,8 @@ def steps(track: str, launched: str) -> list[str]:
     pytest.param("", dict(GPUS="1", BYTES="20e9"), 0, steps("small", "train_gpt.py small"), marks=pytest.mark.slow)])
 def test_what_it_runs(clone, arguments, variables, status, lines):
     (clone / "logs/new").mkdir(parents=True)
-    torch.save(dict(config=vars(train_gpt.Config(train_files="t  t", val_files="v"))), clone / "logs/new/checkpoint.pt")
+    content = dict(config=vars(train_gpt.Config(data="t  t")))
+    torch.save(content | dict(digest=train_gpt.describe(content)[1]), clone / "logs/new/checkpoint.pt")
     found, _, errors = result(clone, *arguments.split(), **variables)
     assert (found, [line.replace(f"{clone}/", "") for line in errors]) == (status, lines)
 

@@ -33,8 +33,8 @@ NAME = re.compile(r"\w[\w.-]*")     # of a track, a run or a record: what may be
 MOST_STEPS, LARGEST_LOSS = 10**8, 1e6       # a run that diverged may also log inf or nan
 CURVE_POINTS = 80                   # of a training loss that a record keeps
 # Fields of Config that change neither the result nor its time, so that runs of one setting may differ in them.
-RUNS_OWN = {"seed", "prepare", "train_files", "val_files", "log_dir", "run_id", "resume", "val_every", "save_every",
-            "metrics_every", "optimizer_metrics_every", "prime_steps", "collective_timeout"}
+RUNS_OWN = {"seed", "prepare", "data", "train_files", "val_files", "log_dir", "run_id", "resume", "val_every",
+            "save_every", "metrics_every", "optimizer_metrics_every", "prime_steps", "collective_timeout"}
 
 
 class LogError(Exception):

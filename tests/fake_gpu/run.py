@@ -163,8 +163,7 @@ def main() -> None:
         for name, tokens in dict(train=2_000_000, val=c.val_tokens).items():
             with ShardWriter(Path(folder) / f"{name}_000000.bin", c.vocab_size) as shard:
                 shard.write(np.where(np.arange(tokens + 1) % 500, 0, c.vocab_size - 1).astype("<u2"))     # documents
-        arguments += ["--train_files", f"{folder}/train_*.bin", "--val_files", f"{folder}/val_*.bin",
-                      "--log_dir", f"{folder}/logs"]
+        arguments += ["--data", folder, "--log_dir", f"{folder}/logs"]
         report = run(options.capability, options.ranks, options.fault, arguments)
     report["problems"] = problems(report)
     print(json.dumps(report), flush=True)
