@@ -289,13 +289,12 @@ def compare(options) -> None:
         raise train_gpt.RunError(f"--out {options.out}: {error.strerror}; give a folder") from None
     c = train_gpt.make_config(dict(
         FIELDS, track="tiny", num_steps=options.num_steps, cooldown_steps=options.num_steps // 2,
-        train_files=options.train_files, val_files=options.val_files,
-        matrix_lr_ratio=options.lr / FIELDS["lr"]))
+        data=options.data, matrix_lr_ratio=options.lr / FIELDS["lr"]))
     train_gpt.join_ranks(c.collective_timeout)
     count, processes, groups = c.batch_tokens // c.seq_len, ranks()[1], {}
     require(count % processes == 0, f"--nproc_per_node {processes}: give a divisor of {count} rows")
-    rows = dict(train=train_gpt.Rows("train_files", c.train_files, c, c.num_steps * count),
-                val=train_gpt.Rows("val_files", c.val_files, c, c.val_tokens // c.seq_len))
+    rows = dict(train=train_gpt.Rows("*train_*.bin", c, c.num_steps * count),
+                val=train_gpt.Rows("*val_*.bin", c, c.val_tokens // c.seq_len))
     for seed, attention, tau in product(range(options.seeds), (MHA, MLA), (math.inf, options.tau)):
         run = train(dataclasses.replace(c, seed=seed), attention, tau, rows)
         groups.setdefault((run["attention"], run["tau"]), []).append(run)
@@ -310,15 +309,13 @@ def compare(options) -> None:
         print_table(groups)
 
 def main(arguments: list[str]) -> int:
-    track = train_gpt.TRACKS["tiny"]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     for name, default, text in (
             ("tau", 30.0, "largest logit that is not clipped"),
             ("lr", 0.02, "learning rate of the matrices"), ("num_steps", 250, "of each run"),
             ("seeds", 3, "of each of the four variants"),
-            ("train_files", track["train_files"], "shards of text"),
-            ("val_files", track["val_files"], "shards of text"),
+            ("data", train_gpt.TRACKS["tiny"]["data"], "folder of the shards"),
             ("out", Path("examples/out"), "folder of what is written")):
         parser.add_argument(f"--{name}", type=type(default), default=default,
                             help=f"{text} (default: {default})")
