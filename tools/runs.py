@@ -168,33 +168,30 @@ def parse_modded_log(path: Path, text: str) -> list[Run]:
 
     Their `source` stays None, so that nothing keeps or runs it: no line states its sha256, by which to verify it.
     """
-    source, _, body = text.removeprefix(DIVIDER).rpartition(DIVIDER)
-    source = source.split(DIVIDER)[0]
-    if not STEP.search(body):
-        raise ValueError("it has no line `step:N/M ...`")
+    source, divider, body = text.removeprefix(DIVIDER).partition(DIVIDER)
+    source, body = (source, body) if divider else ("", text)
+    sha256 = hashlib.sha256(source.encode()).hexdigest() if source else None
+    target = 2.92 if "model_dim=1024" in source else 3.28       # of track 2, whose model is as wide as GPT-2 medium
     parts, last = [], inf
     for line in STEP.finditer(body):
         if int(line[1]) < last:
             parts.append([])
-        parts[-1].append(line[0].rstrip("\n") + "\n")
+        parts[-1].append(line)
         last = int(line[1])
-    facts = printable(text)
+
+    facts, name, runs = printable(body), name_of(path), []
     torch = re.search(r"^Running (pytorch \S+)", facts, re.MULTILINE | re.IGNORECASE)
     device = re.search(r"^Running .*?(?:device_name=|on )(NVIDIA .*?) +with world_size[= ](\d+)$", facts, re.MULTILINE)
     gpus = re.findall(r"^\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|", facts, re.MULTILINE)     # rows of nvidia-smi
     hardware = f"{device[2]} x {device[1]}" if device else f"{len(gpus)} x {gpus[0]}" if gpus else None
-    name, runs = name_of(path), []
     for number, lines in enumerate(parts, 1):
-        num_steps = int(STEP.match(lines[-1])[2])
+        num_steps = int(lines[-1][2])
         if num_steps > MOST_STEPS:
             raise ValueError(f"{num_steps} steps: at most {MOST_STEPS:,}")
-        # Its track 2 trains a model of the width of GPT-2 medium.
-        target = 2.92 if "model_dim=1024" in source else 3.28
-        runs.append(Run(
-            path, f"{name}_{number}" if len(parts) > 1 else name,
-            hashlib.sha256(source.encode()).hexdigest() if source else None, None,
-            dict(track="modded-nanogpt", target=target, num_steps=num_steps), torch and torch[1], hardware, None, None,
-            None, num_steps, False, {}, losses=read_losses("".join(lines), num_steps)))
+        config = dict(track="modded-nanogpt", target=target, num_steps=num_steps)
+        losses = read_losses(body[lines[0].start():lines[-1].end()], num_steps)
+        runs.append(Run(path, f"{name}_{number}" if len(parts) > 1 else name, sha256, None, config, torch and torch[1],
+                        hardware, None, None, None, num_steps, False, {}, losses=losses))
     if not any(run.losses["val"] for run in runs):
         raise ValueError("it has no validation loss")
     return runs
