@@ -255,6 +255,15 @@ def test_another_choice_than_the_plans_voids(experiment, main):
         *fewer, "time_to_target", "--alpha", 0.02)
 
 
+def test_at_a_step_of_all_runs(experiment, main):
+    """Losses and seconds of step 10; without such a step, an error; and in an experiment, void."""
+    a, b = ([*experiment.glob(f"*_{letter}_*")] for letter in "AB")
+    out = main(*a, "vs", *b, "--metric", "final_loss", "--step", 10)
+    assert re.search(r"^A loss +3 +8.0000 ", out, re.M) and re.search(r"^B seconds +3 +48.00 ", out, re.M)
+    assert "void: step chosen after looking: 10, where" in out
+    assert "or a --step that they logged" in main(*a, "vs", *b, "--metric", "final_loss", "--step", 11)
+
+
 def test_bad_input(experiment, main, tmp_path):
     a, b = experiment / "00_A_seed0", experiment / "00_B_seed0"
     unfinished = write(tmp_path / "other" / "killed", steps=9)
