@@ -224,24 +224,6 @@ def test_what_their_logs_say(tmp_path):
     assert all(run.source is None for run in one.values())      # so that reproduce.py does not run it
 
 
-@pytest.mark.parametrize("tool", ["compare.py", "plot.py"])
-def test_tools_on_their_logs(tmp_path, tool):
-    """Of a folder with a file that is no log; with training losses and without; A's at one step of all runs."""
-    their_runs(tmp_path / "a", several=theirs(3.28, 3.281, 3.282))
-    their_runs(tmp_path / "b", several=theirs(3.26, 3.261, 3.262, source="b\n", facts=NAMED, train=True))
-    (tmp_path / "b" / "requirements.txt").write_text("torch\n")
-    options = ["--out", tmp_path / "x.png"]
-    if tool == "compare.py":
-        options = ["--metric", "final_loss", "--step", 20]
-    done = run_tool(tool, tmp_path / "a", *["vs"] * (tool == "compare.py"), tmp_path / "b", *options)
-    assert "Traceback" not in done.stderr and done.stderr.count("b/requirements.txt is no log of a run") == 1
-    if tool == "plot.py":
-        assert (done.returncode, (tmp_path / "x.png").exists()) == (0, True)
-    else:
-        assert re.search(r"^A loss +3 +3.2810 ", done.stdout, re.M) and re.search(r"B loss +3 +3.2610 ", done.stdout)
-        assert "different hardware: A 8 x NVIDIA H100 80GB; B 4 x NVIDIA GH200 120GB" in done.stdout
-
-
 # Records.
 
 TEXTS = dict(one=log_text(), two=log_text(3.26, seed=1, lr=0.003), killed=log_text(steps=7, seed=2),
