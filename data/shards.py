@@ -102,14 +102,17 @@ class SeriesWriter(contextlib.ExitStack):
 def read_header(path: Path) -> tuple[int, int, int]:
     """Returns (number of tokens, vocabulary size, CRC-32 or 0); raises ShardError where no shard has such a header."""
     size = Path(path).stat().st_size
+    header = np.fromfile(path, dtype="<i4", count=HEADER_BYTES // 4)
+    if header[:1].tolist() != [MAGIC]:      # perhaps a file of another program, which nobody should delete
+        raise ShardError(f"{path}: not a shard, as it does not begin with {MAGIC}; name shards only, or prepare the "
+                         "data again")
     if size < HEADER_BYTES:
         raise ShardError(f"{path}: {size} bytes are less than a shard's header of {HEADER_BYTES}; {REMEDY}")
-    header = np.fromfile(path, dtype="<i4", count=HEADER_BYTES // 4)
-    magic, version, num_tokens, vocab_size = header[:4].tolist()
-    whole = (magic, version, size) == (MAGIC, VERSION, HEADER_BYTES + 2 * num_tokens)
+    version, num_tokens, vocab_size = header[1:4].tolist()
+    whole = (version, size) == (VERSION, HEADER_BYTES + 2 * num_tokens)
     if not whole or not 0 <= vocab_size <= MAX_VOCAB_SIZE:
-        raise ShardError(f"{path}: damaged, or not a shard: magic {magic}, version {version}, {num_tokens} tokens and "
-                         f"vocabulary {vocab_size} in a file of {size} bytes; {REMEDY}")
+        raise ShardError(f"{path}: damaged: version {version}, {num_tokens} tokens and vocabulary {vocab_size} in a "
+                         f"file of {size} bytes; {REMEDY}")
     return num_tokens, vocab_size or GPT2_VOCAB_SIZE, int(header.view("<u4")[4])
 
 

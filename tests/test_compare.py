@@ -12,7 +12,7 @@ import pytest
 import runs
 from conftest import ROOT
 from scipy import stats
-from test_runs import run_tool, write
+from test_runs import NAMED, run_tool, their_runs, theirs, write
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +253,26 @@ def test_another_choice_than_the_plans_voids(experiment, main):
     fewer = [path for path in alone if "02_" not in str(path)]
     assert f"void: runs left out: {experiment}/plan.json has 02_A_seed2, 02_C_seed2, not here" in main(
         *fewer, "time_to_target", "--alpha", 0.02)
+
+
+def test_at_a_step_of_all_runs(experiment, main):
+    """Losses and seconds of step 10; without such a step, an error; and in an experiment, void."""
+    a, b = ([*experiment.glob(f"*_{letter}_*")] for letter in "AB")
+    out = main(*a, "vs", *b, "--metric", "final_loss", "--step", 10)
+    assert re.search(r"^A loss +3 +8.0000 ", out, re.M) and re.search(r"^B seconds +3 +48.00 ", out, re.M)
+    assert "void: step chosen after looking: 10, where" in out
+    assert "or a --step that they logged" in main(*a, "vs", *b, "--metric", "final_loss", "--step", 11)
+
+
+def test_logs_of_modded_nanogpt(tmp_path, main):
+    """At one step of all runs; on other hardware; from a folder with a file that is no log, which is named."""
+    their_runs(tmp_path / "a", several=theirs(3.28, 3.281, 3.282))
+    their_runs(tmp_path / "b", several=theirs(3.26, 3.261, 3.262, source="b\n", facts=NAMED))
+    (tmp_path / "b" / "requirements.txt").write_text("torch\n")
+    out = main(tmp_path / "a", "vs", tmp_path / "b", "--metric", "final_loss", "--step", 20)
+    assert re.search(r"^A loss +3 +3.2810 ", out[2:], re.M) and re.search(r"^B loss +3 +3.2610 ", out, re.M)
+    assert "different hardware: A 8 x NVIDIA H100 80GB; B 4 x NVIDIA GH200 120GB" in out
+    assert out.count("b/requirements.txt is no log of a run") == 1
 
 
 def test_bad_input(experiment, main, tmp_path):

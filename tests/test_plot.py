@@ -1,5 +1,6 @@
 """tools/plot.py: lines, bands, dots and words against numpy on the text of the logs, and pictures that can be read."""
 
+import hashlib
 import json
 import re
 import sys
@@ -10,7 +11,8 @@ import numpy as np
 import plot
 import pytest
 from PIL import Image
-from runs import DIVIDER, find_runs, write_record
+from runs import DIVIDER, LogError, find_runs, write_record
+from test_runs import their_runs, theirs
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -111,6 +113,34 @@ def test_names_and_colours(tmp_path, drawn):
     assert len(set(looks)) == 4 and [color == plot.GREY for color, _ in looks] == [False, False, True, True]
     write_record(one, [replace(run, recipe=f"recipe {run.side}") for run in find_runs([tmp_path / "ab"])[0]])
     assert [text.split(":")[0] for text in words(drawn(one))] == ["recipe A", "recipe B"]
+
+
+def test_a_source_that_changed_is_named(tmp_path, drawn):
+    """The line that B has and A lacks, or else one that it lacks; of more lines, how many."""
+    sources = ["a = 1\nb = 2", "a = 1\nb = 3  # faster", "a = 1", "a = 1\nc = 4\nd = 5"]
+    for letter, source in zip("ABCD", sources, strict=True):
+        path = write(tmp_path / f"00_{letter}_seed0") / "log.txt"
+        sha256 = hashlib.sha256(f"{source}\n".encode()).hexdigest()
+        path.write_text(path.read_text().replace("pass", source, 1).replace(
+            "\nconfig: ", f"\nsource: sha256 {sha256}, git 0\nconfig: ", 1))
+    assert [text.rpartition(": ")[0] for text in words(drawn(tmp_path))] == [
+        "A", "B: +b = 3 # faster", "C: -b = 2", "D: +c = 4 and 2 more lines"]
+
+
+def test_logs_of_modded_nanogpt(tmp_path, drawn):
+    """Validation losses are a line where there are no training losses; there is no axis of tokens."""
+    folders = [tmp_path / name for name in ("without", "with")]
+    their_runs(folders[0], several=theirs(3.28, 3.281))
+    their_runs(folders[1], several=theirs(3.26, 3.261, source="b\n", train=True))
+    (folders[1] / "requirements.txt").write_text("torch\n")
+    figure = drawn(*folders)
+    assert [axis.get_xlabel() for axis in figure.axes] == ["steps", "seconds of training"]
+    assert words(figure) == ["without/several_1: 3.2705 ± 0.0007, target after 25.0 s, 2 runs",
+                             "with/several_1: 3.2505 ± 0.0007, target after 20.0 s, 2 runs"]
+    seen = {(len(line.get_xdata()), line.get_linestyle()) for line in figure.axes[0].lines}
+    assert {(4, "-"), (4, "None")} <= seen
+    with pytest.raises(LogError, match="--x tokens: a log does not say"):
+        drawn(folders[0], x="tokens")
 
 
 def test_many_variants(tmp_path, drawn):

@@ -168,6 +168,62 @@ def test_paths_that_hold_nothing(tmp_path):
     assert len(runs.find_runs([one, one / "log.txt", tmp_path / "one"])[0]) == 1     # named three times, read once
 
 
+# Logs of modded-nanogpt, in the forms that its records have.
+
+NAMED = "Running PyTorch 2.11.0+cu130 compiled for CUDA 13.0 on NVIDIA GH200 120GB with world_size 4\n"
+EQUALS = "Running PyTorch 2.10.0 compiled for CUDA 12.8\nRunning on device_name=NVIDIA H100 80GB with world_size=8\n"
+TABLE = "Running pytorch 2.5.1+cu124 compiled for CUDA 12.4\n" + "".join(
+    f"|   {i}  NVIDIA H100 80GB HBM3          On  |   00000000:61:00.0 Off |   0 |\n" for i in range(8))
+
+
+def theirs(*finals: float, source="print(1)\n", facts=EQUALS, begin="", loss="val_loss:{:.5f}", train=False) -> str:
+    """Returns a log of runs in turn with these losses at step 20 of 25, and lower ones at the last."""
+    text = begin + source + runs.DIVIDER + facts + runs.DIVIDER
+    for final in finals:
+        for step, value in ((0, 10.8), (10, 4.0), (20, final), (25, final - 0.01)):
+            text += f"step:{step}/25 train_loss:{value:.4f} train_time:{step}.000s step_avg:nanms\n" * train
+            text += f"step:{step}/25 {loss.format(value)} train_time:{1000 * step}ms step_avg:nanms\n"
+    return text
+
+
+def their_runs(folder: Path, **texts: str) -> dict[str, list[runs.Run]]:
+    folder.mkdir(exist_ok=True)
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text)
+    return {name: runs.read_runs(folder / f"{name}.txt") for name in texts}
+
+
+def test_several_runs_in_one_log(tmp_path):
+    """Also without a step 0, of which one was stopped, and with a last line that has no end."""
+    found = their_runs(tmp_path, several=theirs(3.28, 3.27), one=theirs(3.29).rstrip("\n"), no_zero=re.sub(
+        "step:0/.*\n", "", theirs(3.25, 3.24)), stopped="step:10/20 val_loss:4 train_time:9ms\n" + theirs(3.2, 3.1))
+    assert [run.name for run in found["several"]] == ["several_1", "several_2"]
+    finals = {name: [round(run.final[1], 5) for run in found[name] if run.finished] for name in found}
+    assert finals == dict(several=[3.27, 3.26], one=[3.28], no_zero=[3.24, 3.23], stopped=[3.19, 3.09])
+    assert found["several"][1].losses["val"][20] == (20.0, 3.27)
+    assert len(runs.find_runs([tmp_path])[0]) == 2 + 1 + 2 + 2
+    with pytest.raises(runs.LogError, match="holds 2 runs; give the log of one"):
+        runs.read_log(tmp_path / "several.txt")
+
+
+def test_what_their_logs_say(tmp_path):
+    """The source, also after a divider; hardware in three forms; track 2's target; the loss of averaged weights."""
+    found = their_runs(
+        tmp_path, begun=theirs(3.2, begin=runs.DIVIDER), other=theirs(3.2, begin=runs.DIVIDER, source="print(2)\n"),
+        equal=theirs(3.2), named=theirs(3.2, facts=NAMED), table=theirs(3.2, facts=TABLE),
+        medium=theirs(2.9, source="GPT(num_layers=16, model_dim=1024)\n"),
+        averaged=theirs(3.2, loss="val_loss:3.9 val_avg_loss:3.8 val_ema_loss:{:.5f}"))
+    one = {name: members[0] for name, members in found.items()}
+    assert one["begun"].source_sha256 == one["equal"].source_sha256 == hashlib.sha256(b"print(1)\n").hexdigest()
+    assert len(runs.group([one["begun"], one["other"], one["equal"]])) == 2
+    assert [(one[name].hardware, one[name].torch) for name in ("equal", "named", "table")] == [
+        ("8 x NVIDIA H100 80GB", "2.10.0"), ("4 x NVIDIA GH200 120GB", "2.11.0+cu130"),
+        ("8 x NVIDIA H100 80GB HBM3", "2.5.1+cu124")]
+    assert [one[name].config["target"] for name in ("equal", "medium")] == [3.28, 2.92]
+    assert one["averaged"].final == (25.0, 3.19)
+    assert all(run.source is None for run in one.values())      # so that reproduce.py does not run it
+
+
 # Records.
 
 TEXTS = dict(one=log_text(), two=log_text(3.26, seed=1, lr=0.003), killed=log_text(steps=7, seed=2),

@@ -39,7 +39,7 @@ def test_what_is_written_is_read_again_here_and_by_the_trainer(tmp_path, num_tok
     for number, path in enumerate(series.paths):
         piece = tokens[10 * number:10 * number + 10].tolist()
         assert path.read_bytes() == raw_shard(piece, vocab_size)
-        assert shards.read_shard(path)[0].tolist() == train_gpt.open_shard(str(path), vocab_size).tolist() == piece
+        assert shards.read_shard(path)[0].tolist() == train_gpt.open_shard(path, vocab_size).tolist() == piece
     with pytest.raises(shards.ShardError, match="token 9"), shards.SeriesWriter(tmp_path / "no", "x", 9, 2) as series:
         series.write(np.array([1, 2, 9], dtype="<u2"))
     assert [path.name for path in (tmp_path / "no").iterdir()] == ["x_000000.bin"]      # and no part of another
@@ -63,12 +63,13 @@ def test_damage_is_an_error_or_changes_nothing(tmp_path):
             stated = struct.unpack("<iiiiI", data[:20])
             assert (read.tolist(), stated[3] or 50257) == (tokens, vocab_size)
             assert data[:20] == good[:20] or stated[3] != 257 or stated[4] == 0     # all that a reader cannot tell
-            assert train_gpt.open_shard(str(path), vocab_size).tolist() == tokens
+            assert train_gpt.open_shard(path, vocab_size).tolist() == tokens
         except shards.ShardError as error:
             num_refused += 1
-            assert str(path) in str(error) and "delete it" in str(error)
+            ours = data[:4] == good[:4]     # a file that is none of ours is not to be deleted
+            assert str(path) in str(error) and ("delete it" in str(error)) == ours
             with contextlib.nullcontext() if "checksum" in str(error) else pytest.raises(train_gpt.RunError):
-                train_gpt.open_shard(str(path), 257)
+                train_gpt.open_shard(path, 257)
     assert num_refused > 300
 
 
@@ -81,6 +82,7 @@ def test_verify_and_info(tmp_path, capsys):
     lines = out.splitlines()
     assert code == 1 and [line.startswith("bad: ") for line in lines] == [False, False] + 6 * [True]
     assert all(name in line for name, line in zip([*files, "none*", tmp_path.name], lines, strict=True))
+    assert ["not a shard" in line for line in lines] == [name in ("c", "f_empty") for name in [*files, "none", "dir"]]
     assert lines[0] == f"{tmp_path / 'a'}: good: 2 tokens, vocabulary 257, checksum matches"
     assert "no checksum: a changed token inside the vocabulary cannot be told" in lines[1]
     subprocess.run([sys.executable, ROOT / "data/shards.py", "verify", tmp_path / "a"], check=True)

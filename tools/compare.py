@@ -4,6 +4,7 @@
     python tools/compare.py logs/tweak                                            # an experiment of tools/ab.py
     python tools/compare.py logs/base_* vs logs/tweak_* --metric final_loss       # any runs: folders or logs
     python tools/compare.py records/tiny/2026-11-23_normuon_840                   # a record, by its plan
+    python tools/compare.py theirs/*.txt vs ours/ --metric final_loss --step 3250 # at one step of all runs
 
 Metrics. Name one before the first run: the better of several is faster by chance more often.
     time_to_target  seconds of training, where both mean final validation losses are at or below the target
@@ -17,6 +18,7 @@ is compared with A at its share of alpha. A 'void' line makes the verdict 'incon
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -130,6 +132,8 @@ def check_folder(folder: Path, runs: list[Run], metric: str, alpha: float) -> tu
         for what, value in (("metric", metric), ("alpha", alpha)):
             if plan[what] != value:
                 voids.append(f"{what} chosen after looking: {value}, where {folder}/plan.json has {plan[what]}")
+        if any(run.num_steps != run.config["num_steps"] for run in runs):
+            voids.append(f"step chosen after looking: {runs[0].num_steps}, where {folder}/plan.json has the last")
         given.update(plan["runs"])
     logs = [folder] if (folder / "runs.json").exists() else [*folder.glob("*/log.txt"), *folder.glob("*.txt")]
     try:
@@ -160,6 +164,8 @@ def check(variants: dict[str, list[Run]], metric: str) -> tuple[list[str], list[
             voids.append(f"different {what}: {each}")
         if any(value(run) is None for run in runs):
             unknown.append(what)
+    if any(run.source_sha256 is None for run in runs):
+        unknown.append("source")
 
     for letter, members in variants.items():
         if difference := changed([setting(run) for run in members]):
@@ -229,7 +235,7 @@ def compare(a: list[Run], b: list[Run], metric: str, alpha: float = 0.05, candid
     for letter, runs in finished.items():
         if not runs:
             raise LogError(f"{letter} has no finished run (given: {names(variants[letter]) or 'none'}); give runs that "
-                           "trained to their last step")
+                           "trained to their last step, or a --step that they logged")
     voids, warnings = check(variants, metric)
     for folder in sorted({run.folder for run in a + b}):
         more_voids, more_warnings = check_folder(
@@ -311,6 +317,7 @@ def main():
                                      usage="%(prog)s A... vs B... --metric METRIC [options], or %(prog)s EXPERIMENT")
     parser.add_argument("paths", nargs="+", metavar="A... vs B...", help="runs of both, or the folder of an experiment")
     parser.add_argument("--metric", choices=METRICS, help="what decides (an experiment's plan names it)")
+    parser.add_argument("--step", type=int, help="compare all runs at this step, not at the last of each")
     parser.add_argument("--alpha", type=float, help="accepted chance of a wrong 'faster' or 'slower' (0.05)")
     args = parser.parse_args()
     try:
@@ -330,6 +337,9 @@ def main():
     metric, alpha, failed = args.metric or plan.get("metric"), args.alpha or plan.get("alpha", 0.05), False
     if not metric:
         parser.error(f"--metric: name the one that decides, {', '.join(METRICS)}")
+    if args.step is not None:
+        variants = {letter: [dataclasses.replace(run, num_steps=args.step) for run in runs]
+                    for letter, runs in variants.items()}
     for candidate, runs in list(variants.items())[1:]:
         try:
             print(report(compare(variants["A"], runs, metric, alpha, candidate)), end="\n\n")

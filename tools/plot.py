@@ -11,6 +11,7 @@ stopped before the others is a thin line.
 """
 
 import argparse
+import difflib
 import io
 import sys
 from dataclasses import dataclass
@@ -93,13 +94,23 @@ def variants_of(runs: list[Run], baselines: list[Run]) -> list[Variant]:
 
 
 def names_of(groups: list[list[Run]]) -> list[str]:
-    names = []
+    names, first = [], groups[0][0]
     for run, *others in groups:
-        differs = changed([{**setting(other), "source": ""} for other in (groups[0][0], run)]).replace('"', "")
+        differs = changed([{**setting(other), "source": ""} for other in (first, run)]).replace('"', "")
+        differs = differs or source_change(first, run)
         letter = run.side and run.side + f": {differs}" * bool(differs)
         names.append(run.recipe or letter or run.name + f" and {len(others)} more" * bool(others))
     return [shown(name if names.count(name) == 1 else f"{runs[0].folder.name}/{runs[0].name}")
             for name, runs in zip(names, groups, strict=True)]
+
+
+def source_change(first: Run, run: Run) -> str:
+    """Returns the first line that this run's source has and the other's lacks, or else one it lacks, and how many."""
+    if first.source is None or run.source is None:
+        return changed([{"source": setting(one)["source"]} for one in (first, run)])
+    lines = list(difflib.unified_diff(first.source.split("\n"), run.source.split("\n"), n=0, lineterm=""))[2:]
+    lines = [line for sign in "+-" for line in lines if line.startswith(sign) and line[1:].strip()]
+    return " ".join(lines[0].split()) + f" and {len(lines) - 1} more lines" * (len(lines) > 2) if lines else ""
 
 
 def shown(text: str) -> str:
@@ -146,8 +157,9 @@ def draw_panel(axis, variants: list[Variant], x: str, brief: bool) -> None:
                   marker="." if mean.shape[1] < 5 else "")
         axis.fill_between(mean[row], mean[3] - std[3], mean[3] + std[3], color=variant.look["color"],
                           alpha=0 if crowded else 0.15, linewidth=0)
+        look = {**variant.look, "linestyle": "none"} if mean.size else variant.look     # the dots are the line
         mean, std = mean_curve(variant.whole, "val")
-        axis.errorbar(mean[row], mean[3], std[3], std[row], **{**variant.look, "linestyle": "none"}, marker="o", ms=4)
+        axis.errorbar(mean[row], mean[3], std[3], std[row], **look, marker="o", ms=4)
     axis.set(xlabel=AXES[x], xlim=(0, None), ylim=limits(variants))
     axis.locator_params(axis="x", nbins=6, integer=True)
     if x != "seconds":
@@ -156,6 +168,10 @@ def draw_panel(axis, variants: list[Variant], x: str, brief: bool) -> None:
 
 def draw(runs: list[Run], out: Path, baselines: list[Run] = (), panels: tuple[str, ...] = tuple(AXES)) -> Figure:
     """Writes the picture of the losses, with a panel against each of AXES, and returns it as matplotlib's."""
+    if not all("batch_tokens" in run.config for run in [*runs, *baselines]):
+        panels = tuple(x for x in panels if x != "tokens")
+    if not panels:
+        raise LogError("--x tokens: a log does not say how many a step took; give --x steps")
     variants, one = variants_of(runs, baselines), len(panels) == 1
     figure = Figure(dpi=150 if one else 100, layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]

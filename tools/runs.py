@@ -5,6 +5,9 @@ A run is read from its log, or from a record that keeps it.
 A log of train_gpt.py is its source, a line of 100 '=', facts such as `config: {json}`, lines `step:N/M key:value ...`
 and a summary of `key: value` lines. A resumed run goes on in the same file, and writes source and facts again.
 
+A log of modded-nanogpt is its source, between such lines or before the first, then versions and hardware, then `step:`
+lines, of several runs in turn where one process made them.
+
 A record (tools/keep.py makes it) is a folder with runs.json, the facts of its runs, and curves.json.gz, their losses.
 The sources stand once for all records in records/sources, under the first 12 digits of their sha256.
 
@@ -20,7 +23,7 @@ import re
 import sys
 import zlib
 from dataclasses import dataclass, field
-from math import inf
+from math import inf, nan
 from pathlib import Path
 from statistics import fmean
 
@@ -28,7 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))          # so that any program here can import train_gpt
 DIVIDER = "=" * 100 + "\n"
 THEN = " then "                     # joins the values of a fact that a resume changed
-STEP = re.compile(r"^step:(\d+)/\d+ (.*)\n", re.MULTILINE)    # a line that a kill cut off does not count
+# A last line counts where it ends as a line does, so that nothing of it was cut off.
+STEP = re.compile(r"^step:(\d+)/(\d+) (.*)(?:\n|(?<=ms)\Z)", re.MULTILINE)
 NAME = re.compile(r"\w[\w.-]*")     # of a track, a run or a record: what may become a path
 MOST_STEPS, LARGEST_LOSS = 10**8, 1e6       # a run that diverged may also log inf or nan
 CURVE_POINTS = 80                   # of a training loss that a record keeps
@@ -95,7 +99,7 @@ class Run:
 
     @property
     def torch(self) -> str | None:
-        match = re.search(r"torch ([^,\s]+)", self.versions or "")
+        match = re.search(r"torch ([^,\s]+)", self.versions or "", re.IGNORECASE)
         return match[1] if match else None
 
     @property
@@ -112,10 +116,20 @@ def printable(text: str) -> str:
 # Logs.
 
 def read_log(path: Path) -> Run:
-    """Reads a log, or the log.txt of a run folder; raises LogError where it is no log, or damaged."""
+    """Reads a log, or the log.txt of a run folder; raises LogError where it is no log of one run, or damaged."""
+    runs = read_runs(path)
+    if len(runs) > 1:
+        raise LogError(f"{path} holds {len(runs)} runs; give the log of one")
+    return runs[0]
+
+
+def read_runs(path: Path) -> list[Run]:
+    """Reads the runs of a log, of which modded-nanogpt's may hold several; raises LogError as read_log does."""
     path = path / "log.txt" if path.is_dir() else path
     try:
-        return parse_log(path, path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        own = re.search(r"^run folder: (?!\{)", text, re.MULTILINE)
+        return [parse_log(path, text)] if own else parse_modded_log(path, text)
     except FileNotFoundError:
         raise LogError(f"{path} does not exist; give the folder or log of a run") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -138,16 +152,53 @@ def parse_log(path: Path, text: str) -> Run:
     # The facts stand before the first step; a summary may hold lines that look like them.
     facts = printable("\n".join(re.split(r"\nstep:|\nrun_id: ", start)[0] for start in starts))
 
-    name = printable(path.absolute().parent.name if path.name == "log.txt" else path.stem)
     stated = fact(r"^source: sha256 ([0-9a-f]{64})\b", facts)
     source = source.removesuffix(DIVIDER) if source.endswith(DIVIDER) and stated else None
     if source is not None and hashlib.sha256(source.encode()).hexdigest() != stated.split(THEN)[0]:
         raise ValueError(f"the source in it is not the one that ran, of sha256 {stated}")
     return Run(
-        path, name, stated, fact(r"^source: sha256 \w+, git (\S+)$", facts), config,
+        path, name_of(path), stated, fact(r"^source: sha256 \w+, git (\S+)$", facts), config,
         fact(r"^versions: (.*)$", facts), fact(r"^hardware: (.*)$", facts), fact(r"^host: (.*)$", facts),
         fact(r"^data sha256: train (\w+)", facts), fact(r"^data sha256: .*\bval (\w+)$", facts), config["num_steps"],
         len(starts) > 1, summary, losses=read_losses("".join(starts), config["num_steps"]), source=source)
+
+
+def parse_modded_log(path: Path, text: str) -> list[Run]:
+    """Returns the runs of a log of modded-nanogpt: where the step falls, a new one begins; raises ValueError.
+
+    Their `source` stays None, so that nothing keeps or runs it: no line states its sha256, by which to verify it.
+    """
+    source, divider, body = text.removeprefix(DIVIDER).partition(DIVIDER)
+    source, body = (source, body) if divider else ("", text)
+    sha256 = hashlib.sha256(source.encode()).hexdigest() if source else None
+    target = 2.92 if "model_dim=1024" in source else 3.28       # of track 2, whose model is as wide as GPT-2 medium
+    parts, last = [], inf
+    for line in STEP.finditer(body):
+        if int(line[1]) < last:
+            parts.append([])
+        parts[-1].append(line)
+        last = int(line[1])
+
+    facts, name, runs = printable(body), name_of(path), []
+    torch = re.search(r"^Running (pytorch \S+)", facts, re.MULTILINE | re.IGNORECASE)
+    device = re.search(r"^Running .*?(?:device_name=|on )(NVIDIA .*?) +with world_size[= ](\d+)$", facts, re.MULTILINE)
+    gpus = re.findall(r"^\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|", facts, re.MULTILINE)     # rows of nvidia-smi
+    hardware = f"{device[2]} x {device[1]}" if device else f"{len(gpus)} x {gpus[0]}" if gpus else None
+    for number, lines in enumerate(parts, 1):
+        num_steps = int(lines[-1][2])
+        if num_steps > MOST_STEPS:
+            raise ValueError(f"{num_steps} steps: at most {MOST_STEPS:,}")
+        config = dict(track="modded-nanogpt", target=target, num_steps=num_steps)
+        losses = read_losses(body[lines[0].start():lines[-1].end()], num_steps)
+        runs.append(Run(path, f"{name}_{number}" if len(parts) > 1 else name, sha256, None, config, torch and torch[1],
+                        hardware, None, None, None, num_steps, False, {}, losses=losses))
+    if not any(run.losses["val"] for run in runs):
+        raise ValueError("it has no validation loss")
+    return runs
+
+
+def name_of(path: Path) -> str:
+    return printable(path.absolute().parent.name if path.name == "log.txt" else path.stem)
 
 
 def checked_config(config: dict) -> dict:
@@ -179,12 +230,12 @@ def batch_factors(config: dict) -> list[int]:
 
 
 def tokens_until(config: dict, step: int) -> int:
-    """Tokens that so many steps take."""
+    """Tokens that so many steps take; nan where the log does not say."""
     factors, total = batch_factors(config), 0
     for i, factor in enumerate(factors):
         first, end = (-(-k * config["num_steps"] // len(factors)) for k in (i, i + 1))
         total += factor * max(0, min(step, end) - first)
-    return config["batch_tokens"] * total
+    return config.get("batch_tokens", nan) * total
 
 
 def fact(pattern: str, text: str) -> str | None:
@@ -204,15 +255,19 @@ def read_summary(text: str) -> dict:
 
 
 def read_losses(text: str, num_steps: int) -> dict:
-    """Returns the losses as in Run; of two lines of a step, as after a resume, the later one counts."""
+    """Returns the losses as in Run; of two lines of a step, as after a resume, the later one counts.
+
+    So does the last of several on a line: val_loss, val_avg_loss and val_ema_loss, which are of averaged weights.
+    """
     losses = {"train": {}, "val": {}}
-    for step, pairs in STEP.findall(text):
+    for step, _, pairs in STEP.findall(text):
         values = dict(pair.split(":", 1) for pair in pairs.split() if ":" in pair)
         for kind in losses:
-            if f"{kind}_loss" in values and "train_time" in values:
+            names = [name for name in values if re.fullmatch(kind + r"(_\w+)?_loss", name)]
+            if names and "train_time" in values:
                 time = values["train_time"]
                 seconds = float(time[:-2]) / 1000 if time.endswith("ms") else float(time.removesuffix("s"))
-                losses[kind][int(step)] = checked_point(int(step), seconds, float(values[f"{kind}_loss"]), num_steps)
+                losses[kind][int(step)] = checked_point(int(step), seconds, float(values[names[-1]]), num_steps)
     return losses
 
 
@@ -327,18 +382,18 @@ def find_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:
         else:
             for log in logs_of(path):
                 try:
-                    runs.append(read_log(log))
+                    runs += read_runs(log)
                 except LogError as error:
                     bad.append(str(error))
     if not runs:
         raise LogError("\n".join(bad) or "no run is given; give the folder or log of one, or a record")
-    return list({run.path.resolve(): run for run in runs}.values()), list(dict.fromkeys(bad))
+    return list({(run.path.resolve(), run.name): run for run in runs}.values()), list(dict.fromkeys(bad))
 
 
 def setting(run: Run) -> dict[str, str]:
-    """Returns what the runs of one variant have in common: {field of Config, num_steps or source: value as text}."""
+    """Returns what the runs of one variant have in common: {field of Config or source: value as text}."""
     fields = {name: json.dumps(value) for name, value in run.config.items() if name not in RUNS_OWN}
-    return {**fields, "num_steps": str(run.num_steps), "source": str(run.source_sha256)[:12]}
+    return {**fields, "source": str(run.source_sha256)[:12]}
 
 
 def changed(settings: list[dict[str, str]]) -> str:
