@@ -1,0 +1,144 @@
+"""examples/fsdp.py on 1, 2 and 4 gloo ranks against train_gpt.py's own Muon and AdamW in one process, in float64."""
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import uuid
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, SMALL, environment
+
+import train_gpt
+
+sys.path.insert(0, str(ROOT / "examples"))
+import fsdp  # noqa: E402
+
+FIELDS = dict(track="tiny", seq_len=16, batch_tokens=128, micro_batch=1, ngram_rows=0, normuon_beta2=0.0, num_steps=20,
+              cooldown_steps=12, momentum_warmup_steps=5, matrix_weight_decay=0.1, num_heads=2, head_dim=16)
+# Of the 6 rows of a matrix four ranks have 2, 2, 2 and 0; of the 18 of a QKV, 5, 5, 5 and 3.
+ODD = dict(num_heads=3, head_dim=2, mixing="on", value_tables=1, windows="SL", stages="1:8 1:0")
+
+
+@contextlib.contextmanager
+def float64():
+    """All of the model in float64, so that only the order of sums differs, and its Config."""
+    to_float32 = torch.Tensor.float
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.Tensor.float = to_float32
+
+
+def config(**fields) -> train_gpt.Config:
+    return dataclasses.replace(train_gpt.make_config(FIELDS | fields), dtype="float64")
+
+
+def batch(step: int) -> torch.Tensor:
+    return torch.randint(257, (8, 17), generator=torch.Generator().manual_seed(step))
+
+
+def measure(pairs, optimizers) -> dict:
+    """What get_post_step_metrics promises, of one process's whole tensors."""
+    kinds = {}
+    for name, p, old in pairs:
+        state = next(optimizer.state[p] for optimizer in optimizers.values() if p in optimizer.state)
+        v = state["momentum_buffer"] if "momentum_buffer" in state else state["exp_avg"]
+        for part, x in zip(kinds.setdefault(re.sub(r"\.\d+", "", name), ([], [], [], [])), (p - old, p, v, p.grad)):
+            part.append(x.detach().flatten())
+    kinds = {kind: [torch.cat(part) for part in parts] for kind, parts in kinds.items()}
+    return {kind: (u.norm(), x.norm(), torch.cosine_similarity(v, g, 0)) for kind, (u, x, v, g) in kinds.items()}
+
+
+def reference(**fields) -> dict:
+    """10 steps of train_gpt.py's optimizers on whole batches."""
+    with float64():
+        c = config(**fields)
+        model = train_gpt.GPT(c).initialize()
+        optimizers = train_gpt.make_optimizers(model, c)[0]
+        for step in range(10):
+            old = [p.detach().clone() for p in model.parameters()]
+            train_gpt.accumulate_gradients(model, batch(step), 8, train_gpt.stage(c, step)[1])
+            train_gpt.set_schedules(optimizers, c, step)
+            for optimizer in optimizers.values():
+                optimizer.step()
+        pairs = [(*pair, x) for pair, x in zip(model.named_parameters(), old, strict=True)]
+        tensors = [p.detach() for p in model.parameters()]
+        tensors += [x for o in optimizers.values() for state in o.state.values() for x in state.values()]
+        return dict(parameters={name: p.detach() for name, p in model.named_parameters()},
+                    metrics=measure(pairs, optimizers), bytes=sum(x.nbytes for x in tensors))
+
+
+def on_a_rank(rank: int, size: int, store: str, replicas: int, gradients: str, resume, save, fields: dict) -> dict:
+    """Steps up to the tenth, from the checkpoint `resume` on; `save` is written after 5."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    original, shapes = fsdp.orthogonalize, []
+
+    def counting(G, *others):
+        shapes.append(tuple(G.shape))
+        return original(G, *others)
+
+    try:
+        with float64():
+            run = fsdp.set_up(config(**fields), torch.device("cpu"), replicas, gradients)
+            if resume:
+                fsdp.load(run, resume)
+            while run.step < 10:
+                old = [p.to_local().detach().clone() for p in run.model.parameters()]
+                fsdp.orthogonalize = counting if run.step == 9 else original
+                fsdp.train_step(run, batch(run.step).chunk(size)[rank])
+                if save and run.step == 5:
+                    fsdp.save(run, save)
+            return dict(metrics=fsdp.get_post_step_metrics(run, old), bytes=sum(fsdp.bytes_held(run)), shapes=shapes,
+                        parameters={name: p.full_tensor().detach() for name, p in run.model.named_parameters()})
+    finally:
+        fsdp.orthogonalize = original
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    """A function that runs on_a_rank on so many ranks, and returns what each found."""
+    context = multiprocessing.get_context("forkserver")     # whose server imports torch once for all ranks
+    context.set_forkserver_preload([__name__])
+    folder = tmp_path_factory.mktemp("stores")
+    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(4, context) as pool:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+        def start(size, replicas=1, gradients="whole", resume=None, save=None, **fields):
+            arguments = folder / uuid.uuid4().hex, replicas, gradients, resume, save, fields
+            ranks = [pool.submit(on_a_rank, rank, size, *arguments) for rank in range(size)]
+            return [rank.result(timeout=60) for rank in ranks]
+        yield start
+
+
+def check(ranks: list[dict], expected: dict) -> None:
+    for rank in ranks:
+        assert rank["parameters"].keys() == expected["parameters"].keys()
+        for name, p in rank["parameters"].items():
+            assert (p - expected["parameters"][name]).abs().max() < 1e-9, name
+        assert rank["metrics"].keys() == expected["metrics"].keys()
+        for kind, values in rank["metrics"].items():
+            assert values == pytest.approx([float(x) for x in expected["metrics"][kind]], rel=1e-6), kind
+
+
+def test_two_ranks_are_one_process(launch):
+    """With their gradients whole and sharded; each has half of the bytes, and a matrix is one rank's, whole."""
+    expected = reference()
+    for gradients in ("whole", "sharded"):
+        ranks = launch(2, gradients=gradients)
+        check(ranks, expected)
+    matrices = [p.shape for name, p in expected["parameters"].items() if name.startswith("blocks")]
+    assert sorted(sum([rank["shapes"] for rank in ranks], [])) == sorted(matrices)
+    for rank in ranks:
+        assert rank["bytes"] <= expected["bytes"] / 2 + 64     # AdamW counts its steps for each parameter
