@@ -47,16 +47,17 @@ def batch(step: int) -> torch.Tensor:
     return torch.randint(257, (8, 17), generator=torch.Generator().manual_seed(step))
 
 
-def measure(pairs, optimizers) -> dict:
+def measure(model, before: list, optimizers: dict) -> dict:
     """What get_post_step_metrics promises, of one process's whole tensors."""
     kinds = {}
-    for name, p, old in pairs:
+    for (name, p), old in zip(model.named_parameters(), before, strict=True):
         state = next(optimizer.state[p] for optimizer in optimizers.values() if p in optimizer.state)
         v = state["momentum_buffer"] if "momentum_buffer" in state else state["exp_avg"]
-        for part, x in zip(kinds.setdefault(re.sub(r"\.\d+", "", name), ([], [], [], [])), (p - old, p, v, p.grad)):
-            part.append(x.detach().flatten())
-    kinds = {kind: [torch.cat(part) for part in parts] for kind, parts in kinds.items()}
-    return {kind: (u.norm(), x.norm(), torch.cosine_similarity(v, g, 0)) for kind, (u, x, v, g) in kinds.items()}
+        rows = torch.stack([x.detach().flatten() for x in (p - old, p, v, p.grad)])
+        kinds.setdefault(re.sub(r"\.\d+", "", name), []).append(rows)
+    kinds = {kind: torch.cat(rows, 1) for kind, rows in kinds.items()}
+    return {kind: [u.norm().item(), x.norm().item(), torch.cosine_similarity(v, g, 0).item()]
+            for kind, (u, x, v, g) in kinds.items()}
 
 
 def reference(**fields) -> dict:
@@ -71,11 +72,10 @@ def reference(**fields) -> dict:
             train_gpt.set_schedules(optimizers, c, step)
             for optimizer in optimizers.values():
                 optimizer.step()
-        pairs = [(*pair, x) for pair, x in zip(model.named_parameters(), old, strict=True)]
         tensors = [p.detach() for p in model.parameters()]
         tensors += [x for o in optimizers.values() for state in o.state.values() for x in state.values()]
         return dict(parameters={name: p.detach() for name, p in model.named_parameters()},
-                    metrics=measure(pairs, optimizers), bytes=sum(x.nbytes for x in tensors))
+                    metrics=measure(model, old, optimizers), bytes=sum(x.nbytes for x in tensors))
 
 
 def on_a_rank(rank: int, size: int, store: str, replicas: int, gradients: str, resume, save, fields: dict) -> dict:
@@ -124,23 +124,88 @@ def launch(tmp_path_factory):
         yield start
 
 
-def check(ranks: list[dict], expected: dict) -> None:
+def check(ranks: list[dict], expected: dict, share: float = 0) -> None:
+    """The parameters and metrics of one process; each matrix orthogonalized once, whole; a share of the bytes."""
     for rank in ranks:
         assert rank["parameters"].keys() == expected["parameters"].keys()
         for name, p in rank["parameters"].items():
             assert (p - expected["parameters"][name]).abs().max() < 1e-9, name
         assert rank["metrics"].keys() == expected["metrics"].keys()
         for kind, values in rank["metrics"].items():
-            assert values == pytest.approx([float(x) for x in expected["metrics"][kind]], rel=1e-6), kind
-
-
-def test_two_ranks_are_one_process(launch):
-    """With their gradients whole and sharded; each has half of the bytes, and a matrix is one rank's, whole."""
-    expected = reference()
-    for gradients in ("whole", "sharded"):
-        ranks = launch(2, gradients=gradients)
-        check(ranks, expected)
-    matrices = [p.shape for name, p in expected["parameters"].items() if name.startswith("blocks")]
+            assert values == pytest.approx(expected["metrics"][kind], rel=1e-6), kind
+        if share:     # AdamW counts its steps for each parameter
+            assert rank["bytes"] == pytest.approx(share * expected["bytes"], abs=64)
+    matrices = [tuple(p.shape) for name, p in expected["parameters"].items() if re.search("qkv|proj|up", name)]
     assert sorted(sum([rank["shapes"] for rank in ranks], [])) == sorted(matrices)
-    for rank in ranks:
-        assert rank["bytes"] <= expected["bytes"] / 2 + 64     # AdamW counts its steps for each parameter
+
+
+def test_two_ranks_are_one_process_and_their_checkpoint_loads_on_one(launch, tmp_path):
+    expected = reference()
+    check(launch(2, save=tmp_path / "half"), expected, 1 / 2)
+    check(launch(1, resume=tmp_path / "half"), expected, 1)
+
+
+@pytest.mark.slow
+def test_four_ranks_and_their_checkpoint_on_two(launch, tmp_path):
+    expected = reference()
+    check(launch(4, save=tmp_path / "half"), expected, 1 / 4)
+    check(launch(2, gradients="sharded", resume=tmp_path / "half"), expected, 1 / 2)
+    check(launch(4, replicas=2, resume=tmp_path / "half"), expected, 1 / 2)
+
+
+@pytest.mark.slow
+def test_rows_that_do_not_divide(launch):
+    ranks = launch(4, gradients="sharded", **ODD)
+    check(ranks, reference(**ODD))
+    assert ranks[0]["bytes"] > ranks[3]["bytes"]
+
+
+def test_the_owners_have_even_work():
+    random = torch.Generator().manual_seed(0)
+    for owners in (1, 3, 8):
+        costs = torch.rand(50, generator=random).tolist()
+        loads = [0.0] * owners
+        for owner, cost in zip(fsdp.deal(costs, owners), costs, strict=True):
+            loads[owner] += cost
+        assert max(loads) <= sum(costs) / owners + max(costs) / owners
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--replicas", "2"], "--replicas 2: give a divisor of the number of processes, 1"),
+    (["--replicas", "0"], "--replicas 0: give a divisor"),
+    (["--resume", "nowhere"], "--resume nowhere: no whole checkpoint; give"),
+    (["tiny", "--ngram_rows", "512"], "--ngram_rows 512: give 0"),
+    (["tiny", "--matrix_optimizer", "adamw"], "--matrix_optimizer adamw: give muon")])
+def test_bad_input(arguments, message, capsys, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert fsdp.main(arguments) == 2
+    assert re.fullmatch(f"error: {re.escape(message)}.*\n", capsys.readouterr().err)
+
+
+def test_whole_parameters_are_an_error():
+    with pytest.raises(train_gpt.RunError, match="that fully_shard has cut into rows"):
+        fsdp.MuonW([torch.nn.Parameter(torch.ones(4, 4))])
+
+
+def torchrun(nproc: int, *arguments) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    command = [sys.executable, *launcher, ROOT / "examples/fsdp.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=90, env=environment())
+
+
+@pytest.mark.slow
+def test_the_program(text, tmp_path):
+    """It learns, ends with its table, and goes on from a checkpoint of four processes on two to the same end."""
+    options = ["--log_dir", tmp_path, "--save_every", 10, "--ngram_rows", 0]
+    whole = torchrun(4, "tiny", *SMALL, *text, *options, "--replicas", 2)
+    again = torchrun(2, "--resume", tmp_path / "step_10")
+    found = []
+    for result in (whole, again):
+        assert result.returncode == 0, result.stderr
+        found.append(float(re.search(r"^val_loss: (.*)", result.stdout, re.M)[1]))
+        assert len(re.findall(r"^\| \d \|", result.stdout, re.M)) == (4 if result is whole else 2)
+        assert re.search(r"^\| blocks.mlp.up.weight \| [\d.]+ \| [\d.]+ \| [\d.]+ \|", result.stdout, re.M)
+    assert found[0] == pytest.approx(found[1], abs=1e-3) and found[0] < 4.5     # of log 257 = 5.5
+    bad = torchrun(4, "tiny", *SMALL, *text, *options, "--replicas", 3)
+    assert re.findall("^error.*", bad.stderr, re.M) == [
+        "error: --replicas 3: give a divisor of the number of processes, 4"]
