@@ -74,24 +74,29 @@ class MuonW(torch.optim.Optimizer):
         nesterov=True, ns_steps=5, ns_dtype=None)
     def __init__(self, params, **settings):
         super().__init__(params, self.SETTINGS | settings)
-        costs = []
-        for p, group in self.members():
+        matrices, costs = [], []
+        for number, group in enumerate(self.param_groups):
             parts = group["parts"]
-            fits = isinstance(p, DTensor) and p.placements[-1] == Shard(0)
-            fits = fits and p.ndim == 2 and p.size(0) % parts == 0
-            require(fits, f"MuonW: a parameter of {tuple(p.shape)}: give matrices of {parts} "
-                    "equal parts that fully_shard has cut into rows; AdamW takes the rest")
-            self.state[p]["momentum_buffer"] = torch.zeros_like(p)  # cut up like p
-            a, b = sorted((p.size(0) // parts, p.size(1)))
-            costs.append(parts * a * a * (2 * b + a))  # of Newton-Schulz
+            for p in group["params"]:
+                fits = isinstance(p, DTensor) and p.placements[-1] == Shard(0)
+                fits = fits and p.ndim == 2 and p.size(0) % parts == 0
+                require(fits, f"MuonW: {tuple(p.shape)}: give matrices of {parts} equal parts "
+                        "that fully_shard has cut into rows; AdamW takes the rest")
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)  # cut up like p
+                matrices.append((p, number))
+                a, b = sorted((p.size(0) // parts, p.size(1)))
+                costs.append(parts * a * a * (2 * b + a))  # of Newton-Schulz
         self.mesh = p.device_mesh
-        self.owners = deal(costs, self.mesh.size())
-    def members(self) -> list[tuple]:
-        return [(p, group) for group in self.param_groups for p in group["params"]]
+        owners = deal(costs, self.mesh.size())
+        # In the order of the owners: what goes to one of them lies together, and so does what
+        # goes to all owners of a replica.
+        order = sorted(range(len(owners)), key=owners.__getitem__)
+        self.matrices = [(owners[i], *matrices[i]) for i in order]  # owner, p, group's number
     @torch.no_grad()
     def step(self):
         rows = []  # of each matrix: this rank's of what is to be orthogonalized, flat
-        for p, group in self.members():
+        for _, p, number in self.matrices:
+            group = self.param_groups[number]
             g, v = local(p.grad), local(self.state[p]["momentum_buffer"])
             v.lerp_(g, 1 - group["momentum"])
             direction = g.lerp(v, group["momentum"]) if group["nesterov"] else v
@@ -100,47 +105,40 @@ class MuonW(torch.optim.Optimizer):
             most = math.ceil(p.size(0) / self.mesh.size(-1)) * p.size(1)
             rows.append(F.pad(flat, (0, most - len(flat))))
 
-        for (p, group), u in zip(self.members(), self.orthogonalize_all(rows), strict=True):
+        updates = self.orthogonalize_all(rows)
+        for (_, p, number), u in zip(self.matrices, updates, strict=True):
+            group = self.param_groups[number]
             m, n = p.size(0) / group["parts"], p.size(1)
             scale = train_gpt.UPDATE_SCALES[group["update_scale"]][0](m, n)
             mine = local(p).mul_(1 - group["lr"] * group["weight_decay"])
-            u = u[:mine.numel()].view_as(mine)
-            mine.add_(u, alpha=-group["lr"] * scale)
-    def orthogonalize_all(self, rows: list) -> list:
+            mine.add_(u[:mine.numel()].view_as(mine), alpha=-group["lr"] * scale)
+    def orthogonalize_all(self, rows: list) -> tuple:
         # Takes and returns this rank's rows of each matrix, flat.
-        members, shards = self.members(), self.mesh.size(-1)
-        *replica, here = self.mesh.get_coordinate()
+        shards, (*replica, here) = self.mesh.size(-1), self.mesh.get_coordinate()
         first = sum(replica) * shards  # of this replica's owners
         group = self.mesh.get_group(self.mesh.ndim - 1)
-        # In the order of the owners: what goes to one lies together, and so does what goes
-        # to all owners of a replica.
-        order = sorted(range(len(rows)), key=self.owners.__getitem__)
         sizes = [0] * self.mesh.size()  # of what goes to each owner
-        for owner, x in zip(self.owners, rows, strict=True):
+        for (owner, _, _), x in zip(self.matrices, rows, strict=True):
             sizes[owner] += len(x)
-        sent = torch.cat([rows[i] for i in order])
-        splits, start = sizes[first:first + shards], sum(sizes[:first])
+        sent, start = torch.cat(rows), sum(sizes[:first])
+        splits = sizes[first:first + shards]
         part = slice(start, start + sum(splits))
 
-        # What this owner has of each rank.
-        owned = sent.new_empty(shards, splits[here])
-        same = [splits[here]] * shards
+        owned = sent.new_empty(shards, splits[here])  # what this owner has of each rank
+        same, place = [splits[here]] * shards, 0
         dist.all_to_all_single(owned.view(-1), sent[part], same, splits, group=group)
-        mine = [i for i in order if self.owners[i] == first + here]
-        place = 0
-        for i in mine:
-            p, settings = members[i]
-            columns = owned[:, place:place + len(rows[i])]
-            place += len(rows[i])
-            matrix = columns.reshape(-1, p.size(1))[:p.size(0)]
-            u = orthogonalize(matrix, settings["parts"], settings["ns_steps"]).flatten()
-            columns.copy_(F.pad(u, (0, columns.numel() - len(u))).view_as(columns))
+        for (owner, p, number), x in zip(self.matrices, rows, strict=True):
+            if owner == first + here:
+                columns, place = owned[:, place:place + len(x)], place + len(x)
+                matrix = columns.reshape(-1, p.size(1))[:p.size(0)]
+                settings = self.param_groups[number]
+                u = orthogonalize(matrix, settings["parts"], settings["ns_steps"]).flatten()
+                columns.copy_(F.pad(u, (0, columns.numel() - len(u))).view_as(columns))
         updates = torch.zeros_like(sent)
         dist.all_to_all_single(updates[part], owned.view(-1), splits, same, group=group)
         if replica:
             dist.all_reduce(updates, group=self.mesh.get_group(0))
-        found = updates.split([len(rows[i]) for i in order])
-        return [u for _, u in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
+        return updates.split([len(x) for x in rows])
 
 def local(x: torch.Tensor) -> torch.Tensor:
     """The rows that this rank holds."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import multiprocessing
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, SMALL, environment
+from fake_gpu import device
 
 import train_gpt
 
@@ -209,3 +211,20 @@ def test_the_program(text, tmp_path):
     bad = torchrun(4, "tiny", *SMALL, *text, *options, "--replicas", 3)
     assert re.findall("^error.*", bad.stderr, re.M) == [
         "error: --replicas 3: give a divisor of the number of processes, 4"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(device.missing()), reason=device.missing())
+def test_eight_ranks_on_a_fake_gpu():
+    """Nothing waits for the GPU in a step. Two all-to-alls carry an eighth of the matrices, in bfloat16."""
+    options = ["small", "--num_layers", "2", "--windows", "L", "--value_tables", "0", "--stages", "1:384",
+               "--num_steps", "3", "--val_tokens", "524288"]
+    command = [sys.executable, ROOT / "tests/fake_gpu/sharded.py", *options]
+    result = subprocess.run(command, capture_output=True, text=True)
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert result.returncode == 0 and report["problems"] == []
+    matrices = 2 * 12 * 768**2
+    for step in report["steps"]:
+        assert step["collectives"]["c10d::alltoall_base_ bfloat16"] == [2, 2 * 2 * matrices // 8]
+        sizes = matrices + 2 * 50304 * 768 + 8 * 2     # a rank has one of the 2 numbers of a block's mix, or a zero
+        assert step["collectives"]["c10d::_reduce_scatter_base_ float32"] == [3, 4 * sizes // 8]
