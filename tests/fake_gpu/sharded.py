@@ -2,8 +2,8 @@
 
     python tests/fake_gpu/sharded.py [--capability 9.0] [--ranks 8] [OPTION of examples/fsdp.py ...]
 
-The other ranks are not there: their part of a collective is made up. The last line is the report, as JSON. Exit status:
-1 if there is a problem.
+The other ranks are not there: their part of a collective is made up. The last line is the report, as JSON; its memory
+counts gathered parameters that FSDP has let go, since it empties their storages. Exit status: 1 if there is a problem.
 """
 
 import argparse
@@ -33,7 +33,7 @@ import train_gpt  # noqa: E402
 
 
 def replace_in_example(recorder: Recorder, ranks: int) -> None:
-    """Streams, and all that has to do with numbers; the record begins with the second step."""
+    """Streams, and all that works with numbers. The record begins with the second step."""
     replace_in_trainer(recorder)
     for name in ("Stream", "Event", "stream", "current_stream"):
         setattr(torch.cuda, name, getattr(torch.cpu, name))
