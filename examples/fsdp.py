@@ -53,39 +53,36 @@ def deal(costs: list[float], owners: int) -> list[int]:
         loads[owner_of[i]] += costs[i]
     return owner_of
 
-def orthogonalize(G_mn: torch.Tensor, parts: int, steps: int) -> torch.Tensor:
-    """Each of `parts` matrices one above the other (a fused QKV) by itself."""
-    G_kmn = G_mn.unflatten(0, (parts, -1))
-    if G_kmn.size(1) >= G_kmn.size(2):
-        return train_gpt.orthogonalize(G_kmn.mT, steps).mT.flatten(0, 1)
-    return train_gpt.orthogonalize(G_kmn, steps).flatten(0, 1)
+def orthogonalize(G_mn: torch.Tensor, steps: int) -> torch.Tensor:
+    if G_mn.size(0) >= G_mn.size(1):
+        return train_gpt.orthogonalize(G_mn.mT[None], steps)[0].mT
+    return train_gpt.orthogonalize(G_mn[None], steps)[0]
 
 class MuonW(torch.optim.Optimizer):
     """Muon with decoupled weight decay, for matrices that fully_shard has cut into rows.
 
     The formulas and settings are train_gpt.Muon's; the scale is that of the whole matrix.
+    A fused QKV must be split first.
     Each matrix has an owner. In one all-to-all every rank sends the owners its rows of the
     momentum, in ns_dtype; each owner orthogonalizes its 1/n of the matrices; a second
     all-to-all takes the rows back. Under a mesh of (replicate, shard) the owners are in all
     replicas, and an all-reduce between these follows. Every matrix must have a gradient.
     """
     SETTINGS = dict(
-        lr=0.02, momentum=0.95, weight_decay=0.0, parts=1, update_scale="sqrt_ratio",
-        nesterov=True, ns_steps=5, ns_dtype=None)
+        lr=0.02, momentum=0.95, weight_decay=0.0, update_scale="sqrt_ratio", nesterov=True,
+        ns_steps=5, ns_dtype=None)
     def __init__(self, params, **settings):
         super().__init__(params, self.SETTINGS | settings)
         matrices, costs = [], []
         for number, group in enumerate(self.param_groups):
-            parts = group["parts"]
             for p in group["params"]:
-                fits = isinstance(p, DTensor) and p.placements[-1] == Shard(0)
-                fits = fits and p.ndim == 2 and p.size(0) % parts == 0
-                require(fits, f"MuonW: {tuple(p.shape)}: give matrices of {parts} equal parts "
-                        "that fully_shard has cut into rows; AdamW takes the rest")
+                cut = isinstance(p, DTensor) and p.placements[-1] == Shard(0)
+                require(cut and p.ndim == 2, f"MuonW: {tuple(p.shape)}: give matrices that "
+                        "fully_shard has cut into rows; AdamW takes the rest")
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)  # cut up like p
                 matrices.append((p, number))
-                a, b = sorted((p.size(0) // parts, p.size(1)))
-                costs.append(parts * a * a * (2 * b + a))  # of Newton-Schulz
+                a, b = sorted(p.shape)
+                costs.append(a * a * (2 * b + a))  # of Newton-Schulz
         self.mesh = p.device_mesh
         owners = deal(costs, self.mesh.size())
         # In the order of the owners: what goes to one of them lies together, and so does what
@@ -108,8 +105,7 @@ class MuonW(torch.optim.Optimizer):
         updates = self.orthogonalize_all(rows)
         for (_, p, number), u in zip(self.matrices, updates, strict=True):
             group = self.param_groups[number]
-            m, n = p.size(0) / group["parts"], p.size(1)
-            scale = train_gpt.UPDATE_SCALES[group["update_scale"]][0](m, n)
+            scale = train_gpt.UPDATE_SCALES[group["update_scale"]][0](*p.shape)
             mine = local(p).mul_(1 - group["lr"] * group["weight_decay"])
             mine.add_(u[:mine.numel()].view_as(mine), alpha=-group["lr"] * scale)
     def orthogonalize_all(self, rows: list) -> tuple:
@@ -131,8 +127,7 @@ class MuonW(torch.optim.Optimizer):
             if owner == first + here:
                 columns, place = owned[:, place:place + len(x)], place + len(x)
                 matrix = columns.reshape(-1, p.size(1))[:p.size(0)]
-                settings = self.param_groups[number]
-                u = orthogonalize(matrix, settings["parts"], settings["ns_steps"]).flatten()
+                u = orthogonalize(matrix, self.param_groups[number]["ns_steps"]).flatten()
                 columns.copy_(F.pad(u, (0, columns.numel() - len(u))).view_as(columns))
         updates = torch.zeros_like(sent)
         dist.all_to_all_single(updates[part], owned.view(-1), splits, same, group=group)
