@@ -64,7 +64,7 @@ class MuonW(torch.optim.Optimizer):
     The formulas and settings are train_gpt.Muon's; the scale is that of the whole matrix.
     A fused QKV must be split first.
     Each matrix has an owner. In one all-to-all every rank sends the owners its rows of the
-    momentum, in ns_dtype; each owner orthogonalizes its 1/n of the matrices; a second
+    momentum, in ns_dtype; each owner orthogonalizes its matrices; a second
     all-to-all takes the rows back. Under a mesh of (replicate, shard) the owners are in all
     replicas, and an all-reduce between these follows. Every matrix must have a gradient.
     """
