@@ -252,7 +252,7 @@ def test_tiny_data_is_what_the_preset_names(tmp_path):
         pytest.skip(f"the preset's sha256 are of torch 2.13.0's sources, here is {torch.__version__}")
     make("--out", tmp_path)
     c, made = train_gpt.make_config(dict(track="tiny")), sorted(tmp_path.glob("*.bin"))
-    assert [hashlib.sha256(path.read_bytes()).hexdigest() for path in made] == [c.train_sha256, c.val_sha256]
+    assert [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in made] == c.sha256.split()
     assert any(b'"""Heap queue algorithm' in text for text in texts(tmp_path / "second"))     # of Python's heapq.py
 
 

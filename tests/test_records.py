@@ -180,7 +180,7 @@ def record(tmp_path_factory, text) -> Path:
     """The record of a real run of 2 steps, with an odd Config, in a repository of its own."""
     root = tmp_path_factory.mktemp("repository")
     assert train("tiny", *text, *SMALL, "--num_steps", 2, "--nesterov", "off", "--momentum", 0.5,
-                 "--lr", "1e-7", "--train_sha256", "", "--seed", 3, "--val_every", 1,
+                 "--lr", "1e-7", "--sha256", "", "--seed", 3, "--val_every", 1,
                  "--log_dir", root / "logs", "--run_id", "one") == 0
     return keep.keep("two_steps", [root / "logs" / "one"], [], root)
 
