@@ -1,16 +1,22 @@
 #!/usr/bin/env python3
 """Writes a run's model for others to use: safetensors, and a folder that the package transformers loads.
 
-    python tools/export.py logs/RUN --out FOLDER                # then, anywhere, without this repository:
-    python -c "from transformers import pipeline; print(pipeline('text-generation', 'FOLDER', trust_remote_code=True)('def'))"
-    python tools/export.py logs/RUN --out FOLDER --push NAME/REPO      # and uploads it; HF_TOKEN or `hf auth login` says who
+    python tools/export.py logs/RUN --out FOLDER
+    python tools/export.py logs/RUN --out FOLDER --push NAME/REPO     # and uploads it, as whom HF_TOKEN says
+
+Then, on any machine with torch 2.11 and transformers, without this repository:
+
+    from transformers import pipeline
+    print(pipeline("text-generation", "FOLDER", trust_remote_code=True)("def main"))
 
 The folder has the weights under the names of train_gpt.GPT, the Config, the tokenizer, train_gpt.py with a thin class
 around it, and a model card of what the log says. Neither the data's place nor the name of the machine is in it.
 """
 
 import argparse
+import hashlib
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -34,12 +40,12 @@ pipeline_tag: text-generation
 ---
 # {name}
 
-A GPT with {parameters:,} parameters, trained by train_gpt.py of GPT Speedrun, which is in this folder.
+A GPT with {parameters:,} parameters, trained by train_gpt.py of GPT Speedrun. {source}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{repository}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{repository}")
+tokenizer = AutoTokenizer.from_pretrained("{repository}", trust_remote_code=True)
 tokens = model.generate(**tokenizer("def", return_tensors="pt"), max_new_tokens=100, do_sample=True)
 print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 ```
@@ -99,9 +105,10 @@ def convert_tokenizer(tokens: list[bytes]) -> Tokenizer:
     names = {token: "".join(characters[byte] for byte in token) for token in tokens}
     pairs = [parts(token, ranks) for token in tokens]
     merges = [(names[pair[0]], names[pair[1]]) for pair in pairs if len(pair) == 2]
-    vocabulary = {names[token]: rank for token, rank in ranks.items()} | {END_OF_TEXT: len(tokens)}
+    vocabulary = {names[token]: rank for token, rank in ranks.items()}
 
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    # A word that is a token needs no merges, as in tiktoken.
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=bool(merges))
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
@@ -123,16 +130,17 @@ def tokens_of(c: train_gpt.Config) -> list[bytes]:
 
 def facts(run: Run, content: dict) -> dict[str, str]:
     """Returns what is known of the run of a checkpoint; a loss only where it was measured at the checkpoint's step."""
-    step, of = content["step"], run.num_steps
-    measured = run.losses["val"].get(step)
-    losses = dict(val_loss=f"{measured[1]:.6f}" if measured else f"not measured at step {step}")
-    if step == of:
-        shown = ("target", "target_reached", "data_comparable", "second_loss")
-        losses |= {name: json.dumps(run.summary[name]) for name in shown if name in run.summary}
-    return dict(run=run.name, **losses, steps=f"{step:,} of {of:,}", tokens=f"{tokens_until(run.config, step):,}",
-                train_seconds=f"{content['seconds']:.3f}", hardware=str(run.hardware), versions=str(run.versions),
-                **{"data sha256, train": str(run.train_sha256), "data sha256, val": str(run.val_sha256),
-                   "source sha256": str(run.source_sha256), "source git": str(run.git)})
+    step = content["step"]
+    _, loss = run.losses["val"].get(step, (None, None))
+    known = dict(run=run.name, val_loss=f"not measured at step {step}" if loss is None else f"{loss:.6f}")
+    if step == run.num_steps:
+        of_all_steps = ("target", "target_reached", "data_comparable", "second_loss")
+        known |= {name: json.dumps(run.summary[name]) for name in of_all_steps if name in run.summary}
+    known |= dict(steps=f"{step:,} of {run.num_steps:,}", tokens=f"{tokens_until(run.config, step):,}",
+                  train_seconds=f"{content['seconds']:.3f}", hardware=run.hardware, versions=run.versions)
+    known |= {"sha256 of the training data": run.train_sha256, "of the validation data": run.val_sha256,
+              "of train_gpt.py": run.source_sha256, "git": run.git}
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def command(c: train_gpt.Config, processes: int) -> str:
@@ -145,11 +153,15 @@ def command(c: train_gpt.Config, processes: int) -> str:
 
 
 def card(model: train_gpt.GPT, run: Run, content: dict, repository: str) -> str:
-    c = model.config
+    """Returns the text of the model card."""
+    c, table = model.config, [f"| {name} | {value} |" for name, value in facts(run, content).items()]
+    today = hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()
+    version = "that of the run" if run.source_sha256 == today else "another version, which reads its weights"
     return CARD.format(
         name=repository.split("/")[-1], repository=repository, end=END_OF_TEXT, window=c.val_window or c.seq_len,
+        source=f"The one in this folder is {version}.",
         parameters=sum(p.numel() for p in model.parameters()), command=command(c, run.world_size or 1),
-        table="\n".join(f"| {name} | {value} |" for name, value in facts(run, content).items()))
+        table="\n".join(table))
 
 
 # The folder.
@@ -161,7 +173,8 @@ def write(folder: Path, model: train_gpt.GPT, tokenizer: Tokenizer, text: str) -
     ids = dict(bos_token_id=end, eos_token_id=end, pad_token_id=end)
     contents = {
         "config.json": dict(
-            model_type="gpt_speedrun", architectures=[class_name], dtype="float32", vocab_size=c.vocab_size, **ids,
+            model_type="gpt_speedrun", architectures=[class_name], dtype="float32", **ids,
+            vocab_size=c.vocab_size, hidden_size=c.model_dim, num_hidden_layers=c.num_layers,
             auto_map=dict(AutoConfig=f"{files}.GPTSpeedrunConfig", AutoModelForCausalLM=f"{files}.{class_name}"),
             train_gpt={name: value for name, value in vars(c).items() if name not in OWN}),
         "generation_config.json": dict(**ids, use_cache=False),     # the class keeps its own
@@ -180,14 +193,16 @@ def write(folder: Path, model: train_gpt.GPT, tokenizer: Tokenizer, text: str) -
 
 
 def push(folder: Path, repository: str) -> str:
-    """Uploads the folder as a model of the hub, and returns its address there."""
+    """Uploads the folder as a model of the hub, and returns the address of that commit."""
     from huggingface_hub import HfApi
     try:
         HfApi().create_repo(repository, exist_ok=True)
-        return str(HfApi().upload_folder(repo_id=repository, folder_path=folder, commit_message="Export of a run"))
+        done = HfApi().upload_folder(repo_id=repository, folder_path=folder, commit_message="Export of a run")
+        return done.commit_url
     except Exception as error:     # of the client's HTTP library, too: no list is complete
-        raise train_gpt.RunError(f"--push {repository}: {str(error).strip().splitlines()[0]}; {folder} is whole: once "
-                                 f"that is mended, hf upload {repository} {folder}") from None
+        cause = str(error).strip().splitlines()[0]
+        raise train_gpt.RunError(f"--push {repository}: {cause}; {folder} is whole: mend that, then hf upload "
+                                 f"{repository} {folder}") from None
 
 
 def main() -> None:
@@ -199,6 +214,8 @@ def main() -> None:
     try:
         empty = not args.out.exists() or args.out.is_dir() and not any(args.out.iterdir())
         train_gpt.require(empty, f"--out {args.out}: is there and not an empty folder; give another")
+        named = re.fullmatch(r"[\w.-]+/[\w.-]+", args.push or "NAME/REPO")
+        train_gpt.require(named, f"--push {args.push}: give NAME/REPO, where NAME is yours at the hub")
         model, content = load_model(args.run_folder, torch.device("cpu"))
         run = read_log(args.run_folder)
         tokenizer = convert_tokenizer(tokens_of(model.config))
@@ -207,7 +224,8 @@ def main() -> None:
         if args.push:
             print(f"{push(args.out, args.push)}: uploaded")
     except (train_gpt.RunError, ShardError, LogError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        # torch.load's errors have many lines, and train_gpt.py speaks of its own option.
+        print("error:", " ".join(str(error).split()).removeprefix("--resume "), file=sys.stderr)
         sys.exit(2)
 
 
