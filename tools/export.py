@@ -145,7 +145,7 @@ def facts(run: Run, content: dict) -> dict[str, str]:
 
 def command(c: train_gpt.Config, processes: int) -> str:
     """Returns the command line that trains such a model."""
-    preset = train_gpt.Config(track=c.track, **train_gpt.TRACKS[c.track])
+    preset = train_gpt.Config(track=c.track, **train_gpt.TRACKS.get(c.track, {}))
     changed = {name: value for name, value in vars(c).items() if name not in OWN and value != getattr(preset, name)}
     options = [word for name, value in changed.items() for word in (f"--{name}", str(value))]
     launch = ["torchrun", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else ["python"]
