@@ -130,17 +130,17 @@ def tokens_of(c: train_gpt.Config) -> list[bytes]:
 
 def facts(run: Run, content: dict) -> dict[str, str]:
     """Returns what is known of the run of a checkpoint; a loss only where it was measured at the checkpoint's step."""
-    step = content["step"]
+    step, of = content["step"], run.num_steps
     _, loss = run.losses["val"].get(step, (None, None))
-    known = dict(run=run.name, val_loss=f"not measured at step {step}" if loss is None else f"{loss:.6f}")
-    if step == run.num_steps:
-        of_all_steps = ("target", "target_reached", "data_comparable", "second_loss")
-        known |= {name: json.dumps(run.summary[name]) for name in of_all_steps if name in run.summary}
-    known |= dict(steps=f"{step:,} of {run.num_steps:,}", tokens=f"{tokens_until(run.config, step):,}",
-                  train_seconds=f"{content['seconds']:.3f}", hardware=run.hardware, versions=run.versions)
-    known |= {"sha256 of the training data": run.train_sha256, "of the validation data": run.val_sha256,
+    known = {"run": run.name, "steps": f"{step:,} of {of:,}", "tokens": f"{tokens_until(run.config, step):,}"}
+    known["validation loss, nats a token"] = f"not measured at step {step}" if loss is None else f"{loss:.6f}"
+    if step == of:     # what the summary says holds for the last step
+        shown = {"target": "target", "target_reached": "target reached", "second_loss": "loss on a second text"}
+        known |= {title: run.summary.get(name) for name, title in shown.items()}
+    known |= {"seconds of training": f"{content['seconds']:.3f}", "hardware": run.hardware, "versions": run.versions,
+              "sha256 of the training data": run.train_sha256, "of the validation data": run.val_sha256,
               "of train_gpt.py": run.source_sha256, "git": run.git}
-    return {name: value for name, value in known.items() if value is not None}
+    return {title: str(value) for title, value in known.items() if value not in (None, "nan")}
 
 
 def command(c: train_gpt.Config, processes: int) -> str:
