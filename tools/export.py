@@ -98,8 +98,8 @@ def parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 def convert_tokenizer(tokens: list[bytes]) -> Tokenizer:
     """Returns the tokenizer of these tokens, by rank, and last the end of text, which it puts before each text.
 
-    Its ids are tiktoken's, which merges by rank alone: the merges, which `tokenizers` asks for, follow from the
-    ranks. Without any, as for bytes, the text is not split into words first.
+    Its ids are tiktoken's, which merges by rank alone: the merges that `tokenizers` asks for follow from the ranks.
+    Bytes have none.
     """
     ranks, characters = {token: rank for rank, token in enumerate(tokens)}, byte_characters()
     names = {token: "".join(characters[byte] for byte in token) for token in tokens}
@@ -109,7 +109,7 @@ def convert_tokenizer(tokens: list[bytes]) -> Tokenizer:
 
     # A word that is a token needs no merges, as in tiktoken.
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=bool(merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)     # GPT-2's split
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
     tokenizer.post_processor = processors.TemplateProcessing(
