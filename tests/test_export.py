@@ -18,7 +18,8 @@ from test_local_text import GPT2_RANKS, write_small_ranks
 from tokenizers import Tokenizer
 
 SAVED = ["tiny", *SMALL, *STAGED, "--val_every", 20, "--prime_steps", 0]
-TEXTS = ["", "def main(args):\n    return  [x**2 for x in self]\n\n\n", "  naïve é🙂\u200b\x85\x1c\r\n it's", "a" * 99]
+TEXTS = ["", "def main(args):\n    return  [x**2 for x in self]\n\n\n", "  naïve é🙂\u200b\x85\x1c\r\n it's", "a" * 99,
+         "".join(map(chr, range(2**11)))]
 # Runs outside the repository: loads the folder, and saves what the model gives for the tokens in argv.
 SCRIPT = """
 import importlib.util, json, sys, torch
