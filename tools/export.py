@@ -169,13 +169,13 @@ def card(model: train_gpt.GPT, run: Run, content: dict, repository: str) -> str:
 def write(folder: Path, model: train_gpt.GPT, tokenizer: Tokenizer, text: str) -> None:
     """Writes all files of the export into the folder, which it makes."""
     c, end = model.config, model.config.vocab_size - 1
-    files, class_name = "modeling_gpt_speedrun", "GPTSpeedrunForCausalLM"
+    module, class_name = "modeling_gpt_speedrun", "GPTSpeedrunForCausalLM"
     ids = dict(bos_token_id=end, eos_token_id=end, pad_token_id=end)
     contents = {
         "config.json": dict(
             model_type="gpt_speedrun", architectures=[class_name], dtype="float32", **ids,
             vocab_size=c.vocab_size, hidden_size=c.model_dim, num_hidden_layers=c.num_layers,
-            auto_map=dict(AutoConfig=f"{files}.GPTSpeedrunConfig", AutoModelForCausalLM=f"{files}.{class_name}"),
+            auto_map=dict(AutoConfig=f"{module}.GPTSpeedrunConfig", AutoModelForCausalLM=f"{module}.{class_name}"),
             train_gpt={name: value for name, value in vars(c).items() if name not in OWN}),
         "generation_config.json": dict(**ids, use_cache=False),     # the class keeps its own
         "tokenizer_config.json": dict(

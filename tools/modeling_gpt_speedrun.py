@@ -72,8 +72,8 @@ class GPTSpeedrunForCausalLM(PreTrainedModel, GenerationMixin):
         padded = attention_mask is not None and not attention_mask.all()
         if padded or memory is None:
             return dict(input_ids=input_ids, attention_mask=attention_mask)
-        known = memory.get("input_ids", input_ids[:, :0])
-        if not memory or not torch.equal(known, input_ids[:, :known.size(1)]):
+        known = memory.get("input_ids")
+        if known is None or not torch.equal(known, input_ids[:, :-1][:, :known.size(1)]):
             memory["past"] = [[] for _ in self.gpt.blocks]
         memory["input_ids"] = input_ids
         return dict(input_ids=input_ids, past=memory["past"])
