@@ -50,7 +50,7 @@ tokens = model.generate(**tokenizer("def", return_tensors="pt"), max_new_tokens=
 print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 ```
 
-It needs torch 2.11 or newer. The tokenizer puts {end} before a text, as in training. A token sees at most {window}
+It needs torch 2.11 or newer. The tokenizer puts `{end}` before a text, as in training. A token sees at most {window}
 tokens back. The table of hashed n-grams, where there is one, does not learn under transformers.
 
 | | |
