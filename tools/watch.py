@@ -8,9 +8,9 @@
 It only reads the logs, so that it may start before, during or after a run. The training loss is the mean over the last
 1/80 of the run's steps, and the curve shows it over all steps. The record is the fastest recipe of 5 or more runs whose
 mean loss reached the track's target, of as many steps as the run if there is one. Below its training loss at the same
-step, or its validation loss beside a finished run's, stands how far the run is above it (+) or below (-). tokens/s and
-the time left are of training, without validation. A run is stalled when its log is silent for a minute and 20 steps,
-or for 20 minutes before the first, which compiles.
+step (its validation loss, if it has one there, beside a finished run) stands how far the run is above it (+) or below
+(-). tokens/s and the time left are of training, without validation. A run is stalled when its log is silent for a
+minute and 20 steps, or for 20 minutes before the first, which compiles.
 """
 
 import argparse
