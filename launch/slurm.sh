@@ -24,6 +24,8 @@ PYTHON=$(./run.sh env requirements.txt)
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export PYTHON NNODES=$SLURM_JOB_NUM_NODES
 export MASTER_ADDR=${MASTER_ADDR:-${nodes[0]}} MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
+# Slurm sends SIGTERM to every process of a task. run.sh, which would pass it on, ignores it: a second one makes torchrun
+# give up while a checkpoint is written.
 # shellcheck disable=SC2016     # each task has its own SLURM_NODEID
 exec srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
-    bash -c 'NODE_RANK=$SLURM_NODEID exec ./run.sh "$@"' run.sh "$@"
+    bash -c 'trap "" TERM; NODE_RANK=$SLURM_NODEID exec ./run.sh "$@"' run.sh "$@"

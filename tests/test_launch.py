@@ -23,7 +23,7 @@ for task in "${tasks[@]}"; do wait "$task" || exit; done"""
 RUN_SH = """#!/bin/bash
 [ "$1" != env ] || { echo "made $2" >&2; echo ./my/python; exit; }
 printf -v arguments '<%s>' "$@"
-echo "$NODE_RANK of $NNODES at $MASTER_ADDR:$MASTER_PORT by $PYTHON: $arguments\""""
+echo "$NODE_RANK of $NNODES at $MASTER_ADDR:$MASTER_PORT by $PYTHON: $arguments $(trap -p TERM)\""""
 
 
 def job(folder, nodes: int, *arguments, **variables) -> subprocess.CompletedProcess:
@@ -35,7 +35,7 @@ def job(folder, nodes: int, *arguments, **variables) -> subprocess.CompletedProc
     variables = dict(SLURM_JOB_NUM_NODES=str(nodes), SLURM_JOB_NODELIST="node[7-8]", SLURM_JOB_ID="1230042",
                      SLURM_CPUS_PER_TASK="64", SLURM_SUBMIT_DIR=str(folder)) | variables
     path = f"{folder / 'bin'}:{environment()['PATH']}"
-    return subprocess.run([folder / "bin/spooled", *arguments], cwd="/", capture_output=True, text=True, timeout=80,
+    return subprocess.run([folder / "bin/spooled", *arguments], cwd="/", capture_output=True, text=True, timeout=180,
                           env={**environment(), "PATH": path, **variables})
 
 
@@ -45,8 +45,8 @@ def test_each_node_of_a_slurm_job_gets_its_rank(tmp_path, variables, address):
     (tmp_path / "run.sh").write_text(RUN_SH)
     (tmp_path / "run.sh").chmod(0o755)
     result = job(tmp_path, 2, "small", "--data", "my data", **variables)
-    assert sorted(result.stdout.splitlines()) == [
-        f"{rank} of 2 at {address} by ./my/python: <small><--data><my data>" for rank in (0, 1)], result.stderr
+    rest = f"of 2 at {address} by ./my/python: <small><--data><my data> trap -- '' SIGTERM"
+    assert sorted(result.stdout.splitlines()) == [f"0 {rest}", f"1 {rest}"], result.stderr
     calls = ["made requirements.txt", "srun --kill-on-bad-exit=1", "srun --cpus-per-task=64"]
     assert result.stderr.splitlines() == calls
 
@@ -109,7 +109,7 @@ def test_what_skypilot_runs_is_run_sh(tmp_path, address):
     variables = dict(SKYPILOT_NUM_NODES="2", SKYPILOT_NODE_RANK="1", SKYPILOT_NODE_IPS=f"{address}\n10.0.0.3",
                      PYTHON="", MASTER_PORT="", **task["envs"])
     for script, output in ((task["setup"], "./my/python\n"),
-                           (task["run"], f"1 of 2 at {address.strip()}: by : <small>\n")):
+                           (task["run"], f"1 of 2 at {address.strip()}: by : <small> \n")):
         result = subprocess.run(["bash", "-eu", "-c", script], cwd=tmp_path, capture_output=True, text=True,
                                 env={**environment(), **variables})
         assert (result.returncode, result.stdout) == (0, output), result.stderr

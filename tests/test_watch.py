@@ -112,6 +112,18 @@ def test_the_records_loss_at_the_same_step(folder, tmp_path, monkeypatch):
     watch.record_of.cache_clear()
 
 
+def test_the_curve_and_the_time_left_of_half_a_run(folder):
+    """Steps of 30 seconds and 512 tokens, of which ten are left; its loss falls by 1 in each."""
+    log = watch.Log(folder / "r/log.txt")
+    log.read()
+    points = {step: (30.0 * step, 10.0 - step) for step in range(1, 11)}
+    log.run, log.changed = replace(log.run, losses=dict(train=points, val={})), time.time()
+    name, step, loss, val, _, curve, speed, left = map(str, watch.row("r", log, 20))
+    assert (name, step, loss, val) == ("r\nrunning, tiny, 300 s", "10/20\n50%", "0.0000", "-")
+    assert (speed, left) == ("17", "0:05:00")
+    assert curve == "".join(sorted(curve[:10], reverse=True)) + 10 * " " and curve[0] == "█" and curve[9] == "▁"
+
+
 def test_folders_come_and_go(folder, tmp_path, shown):
     logs, here = {}, tmp_path / "logs"
     assert watch.look(here, logs) == {} and shown(here)[1].split() == ["no", "run", "yet"]
