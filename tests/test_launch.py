@@ -35,7 +35,7 @@ def job(folder, nodes: int, *arguments, **variables) -> subprocess.CompletedProc
     variables = dict(SLURM_JOB_NUM_NODES=str(nodes), SLURM_JOB_NODELIST="node[7-8]", SLURM_JOB_ID="1230042",
                      SLURM_CPUS_PER_TASK="64", SLURM_SUBMIT_DIR=str(folder)) | variables
     path = f"{folder / 'bin'}:{environment()['PATH']}"
-    return subprocess.run([folder / "bin/spooled", *arguments], cwd="/", capture_output=True, text=True, timeout=180,
+    return subprocess.run([folder / "bin/spooled", *arguments], cwd="/", capture_output=True, text=True, timeout=85,
                           env={**environment(), "PATH": path, **variables})
 
 

@@ -88,19 +88,23 @@ def test_states(folder, tmp_path):
 
 
 def test_the_records_loss_at_the_same_step(folder, tmp_path, monkeypatch):
-    """Five runs of a recipe, whose losses are 1, 2, 3, 4 and 5 below those of the run; and a faster one that missed."""
+    """Five runs of a recipe, 1 to 5 below the run; faster recipes miss the target or are shorter."""
     run, recipes = read_log(folder / "r"), []
-    for recipe, seconds, best in (("good", 2, 1), ("missed", 1, -1)):
+    for recipe, seconds, best, end in (("good", 3, 1, 20), ("missed", 2, -1, 20), ("short", 1, 9, 10)):
         for seed in range(5):
-            lower = {kind: {step: (seconds * step, loss - best * (1 + seed)) for step, (_, loss) in points.items()}
-                     for kind, points in run.losses.items()}
-            config = {**run.config, "seed": seed, "lr": seconds / 1e3, "target": run.final[1]}
-            recipes.append(replace(run, name=f"{recipe}{seed}", recipe=recipe, config=config, losses=lower))
+            lower = {}
+            for kind, points in run.losses.items():
+                lower[kind] = {step: (seconds * step, loss - best * (1 + seed))
+                               for step, (_, loss) in points.items() if step <= end}
+            config = {**run.config, "seed": seed, "lr": seconds / 1e3, "target": run.final[1], "num_steps": end}
+            recipes.append(replace(run, name=f"{recipe}{seed}", recipe=recipe, config=config, losses=lower,
+                                   num_steps=end))
     record = tmp_path / "records/tiny/2026-01-01_mine"
     record.mkdir(parents=True)
     write_record(record, recipes)
     monkeypatch.setattr(watch, "ROOT", tmp_path)
     watch.record_of.cache_clear()
+    assert watch.record_of("tiny", 10)[0].recipe == watch.record_of("tiny", 7)[0].recipe == "short"
     runs = watch.record_of("tiny", 20)
     assert [(other.recipe, other.config["seed"]) for other in runs] == [("good", seed) for seed in range(5)]
     middle = (run.losses["train"][4][1] + run.losses["train"][5][1]) / 2 - 3
