@@ -127,7 +127,7 @@ def row(name: str, log: Log, width: int) -> list[Text]:
     mine, theirs = val, loss_at(record, "val", step) if run.finished else nan
     if not isfinite(theirs):
         mine, theirs = loss, loss_at(record, "train", step)
-    cells = [f"{step}/{run.num_steps}\n{step / run.num_steps:.0%}", f"{loss:.4f}", f"{val:.4f}",
+    cells = [f"{step}/{run.num_steps}\n{step / max(1, run.num_steps):.0%}", f"{loss:.4f}", f"{val:.4f}",
              f"{theirs:.4f}\n{mine - theirs:+.4f}", curve(run, width), f"{speed:,.0f}", f"{left}"]
     cells = [Text(cell.replace("+nan", "").replace("nan", "-")) for cell in cells]
     return [Text(f"{name}\n").append(state, COLORS[state]).append(f", {run.config['track']}, {seconds:,.0f} s"), *cells]
