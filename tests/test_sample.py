@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sample
 import torch
-from conftest import ROOT, SMALL, STAGED, environment, run, train
+from conftest import ROOT, SMALL, STAGED, environment, run
 
 import train_gpt
 
@@ -99,7 +99,7 @@ def test_the_command(trained, monkeypatch, capsys):
         return output
     prompt = "--prompt", "Zeit für é\x1b[2J"
     first = printed("--seed", 1, *prompt)
-    assert first.startswith("Zeit für é?[2J") and len(first) > 20     # a terminal obeys nothing
+    assert first.startswith("Zeit für é?[2J") and len(first) > 16     # a terminal obeys nothing
     assert first == printed("--seed", 1, *prompt) and first != printed("--seed", 2, *prompt)
     both = printed("--samples", 2, "--prompt", "\udcff x")
     assert both.count("? x") == 2 and both.startswith("---- sample 1 of 2\n")
@@ -111,7 +111,7 @@ def test_characters_split_over_tokens(capsys, monkeypatch):
     """Each is printed once it is whole; what never becomes whole is one mark; the end of the text ends all."""
     tokens = [*"é€𝄞".encode(), 0xC3, ord("x"), 0xE2, 0x82, 256, ord("y")]
     monkeypatch.setattr(sample, "generate", lambda *_: iter(tokens))
-    sample.write(make_model("float32"), sample.Bytes(), "", type("Args", (), dict(tokens=9)), None)
+    sample.write(make_model("float32", seq_len=32), sample.Bytes(), "", type("Args", (), dict(tokens=9)), None)
     assert capsys.readouterr().out == "é€𝄞\ufffdx\ufffd\n"
 
 
@@ -133,7 +133,7 @@ def break_checkpoint(path, content: dict, kind: str) -> None:
         elif kind == "architecture":
             content["model"] = train_gpt.GPT(train_gpt.Config(**content["config"] | dict(num_heads=3))).state_dict()
         elif kind == "value":
-            content["config"]["num_layers"] = 10**8
+            content["config"]["num_layers"] = 0
         elif kind == "no parts":
             content = dict(weights=content["model"])
         content.pop("digest", None)
