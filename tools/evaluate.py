@@ -67,7 +67,7 @@ def score_shards(model, content: dict, args) -> None:
     loss = train_gpt.evaluate(make_run(model, c, text, rows), text, range(rows))
     own = text.sha256 == content["sha256"].get("val")
     print(f"run: {args.run_folder}, step {content.get('step')} of {c.num_steps}")
-    print(f"data: {c.data}/{args.shards}, {tokens} tokens, "
+    print(f"data: {c.folder}/{args.shards}, {tokens} tokens, "
           f"{'what the run validates on' if own else 'other than what the run validates on'}")
     print(f"val_loss: {loss:.6f}")
     try:

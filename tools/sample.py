@@ -37,8 +37,7 @@ def load_model(folder: str | Path, device: torch.device) -> tuple[train_gpt.GPT,
     path = Path(folder, "checkpoint.pt")
     try:
         content = train_gpt.load_checkpoint(str(folder))
-        parts = [content.get(part) for part in ("config", "model", "sha256")] if isinstance(content, dict) else [None]
-        require(all(isinstance(part, dict) for part in parts),
+        require(all(isinstance(content.get(part), dict) for part in ("config", "model", "sha256")),
                 f"{path}: not a checkpoint of train_gpt.py; give a run's folder")
         odd = content["config"].keys() ^ vars(train_gpt.Config()).keys()
         require(not odd, f"{path}: of another version, whose Config differs in {', '.join(sorted(map(str, odd)))}; "
