@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained model and its plot:
 #   ./run.sh [TRACK] [--field value ...]     environment, data, training, plot, sample; --help lists the fields
-#   ./run.sh TRACK --preflight               instead of the training, 20 steps: time, memory and advice (tools/preflight.py)
+#   ./run.sh TRACK --preflight               instead of the training, 20 steps: time, memory, advice (tools/preflight.py)
 #   ./run.sh env requirements.txt            prints the interpreter to use, making .venv where it is needed
 # Without a track: small on a GPU with compute capability 8.0 and 20 GB, otherwise tiny. PYTHON=python3.12 ./run.sh
 # takes that interpreter as it is. NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT go to torchrun.
@@ -56,9 +56,10 @@ try:
 except train_gpt.RunError as error:
     sys.exit(f"error: {error}")
 save = "" if saved or "save_every" in given else f"--save_every {c.num_steps}"     # for the sample
-plan = dict(chosen=chosen, save=save, steps=c.num_steps, data=c.folder, log_dir=c.log_dir, prepare="" if saved or "data" in given else c.prepare,
-            run=c.run_id and os.path.join(c.log_dir, c.run_id),
-            processes=len(gpus) if gpus and train_gpt.batch_rows(c, 0) * c.seq_len >= 4096 * len(gpus) else 1)  # fewer leave GPUs idle
+few = train_gpt.batch_rows(c, 0) * c.seq_len     # tokens; with fewer than 4,096 each, GPUs are idle
+plan = dict(chosen=chosen, save=save, steps=c.num_steps, data=c.folder, log_dir=c.log_dir,
+            prepare="" if saved or "data" in given else c.prepare, run=c.run_id and os.path.join(c.log_dir, c.run_id),
+            processes=len(gpus) if gpus and few >= 4096 * len(gpus) else 1)
 print(*(f"{name}={shlex.quote(str(value))}" for name, value in plan.items()))' "$@")
 eval "$plan"
 
