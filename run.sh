@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained model and its plot:
 #   ./run.sh [TRACK] [--field value ...]     environment, data, training, plot, sample; --help lists the fields
-#   ./run.sh TRACK --preflight               instead of the training, 20 steps: time, memory, advice (tools/preflight.py)
+#   ./run.sh TRACK --preflight               instead of training, 20 steps: time, memory, advice (tools/preflight.py)
 #   ./run.sh env requirements.txt            prints the interpreter to use, making .venv where it is needed
 # Without a track: small on a GPU with compute capability 8.0 and 20 GB, otherwise tiny. PYTHON=python3.12 ./run.sh
 # takes that interpreter as it is. NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT go to torchrun.
