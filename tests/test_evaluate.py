@@ -56,15 +56,15 @@ def test_the_loss_is_the_runs_own_and_bits_are_of_bytes(trained, text, monkeypat
 
 def test_hellaswag_knows_the_right_ending(monkeypatch, capsys):
     """A model that makes the letter after a, b, c... by far the most likely is right where the alphabet goes on."""
-    model = make_model("float32", num_layers=1, num_heads=2, head_dim=16, seq_len=32, ngram_rows=0, document_tokens=8)
+    model = make_model("float32", num_layers=1, num_heads=2, head_dim=128, seq_len=32, ngram_rows=0, document_tokens=8)
     with torch.no_grad():
         for block in model.blocks:
             block.attention.proj.weight.zero_()
             block.mlp.proj.weight.zero_()
-        model.embed.weight.normal_()
+        torch.nn.init.eye_(model.embed.weight)     # a channel for each byte
         model.lm_head.weight.zero_()
-        model.lm_head.weight[98:123] = 4 * train_gpt.norm(model.embed.weight[97:122])
-        model.lm_head.weight[97] = 4 * train_gpt.norm(model.embed.weight[32])     # a word begins with a
+        model.lm_head.weight[98:123] = model.embed.weight[97:122]
+        model.lm_head.weight[97] = model.embed.weight[32]     # a word begins with a
     questions = [("see", ["zzz", "abcd", "axe", "qrst"], 1), ("it", ["abc", "xyz", "zyx", "mmm"], 0)]
     evaluate.score_hellaswag(model, questions)
     out = capsys.readouterr().out
@@ -77,7 +77,7 @@ def test_log_probabilities_and_both_choices_against_a_direct_computation(capsys)
     """Endings of other lengths, one by one in float64, without a batch, padding or the tool's window."""
     model = make_model("float64", num_layers=2, num_heads=2, head_dim=16, seq_len=32, ngram_rows=512, document_tokens=8)
     random, questions, right, right_norm = np.random.default_rng(0), [], 0, 0
-    for _ in range(5):
+    for _ in range(4):
         text = "".join(map(chr, random.integers(97, 123, 6)))
         endings = ["".join(map(chr, random.integers(97, 123, size))) for size in (2, 5, 9, 14)]
         sums = []
@@ -97,7 +97,7 @@ def test_log_probabilities_and_both_choices_against_a_direct_computation(capsys)
         right_norm += int(np.argmax([total / len(e) for total, e in zip(sums, endings, strict=True)])) == label
     evaluate.score_hellaswag(model, questions)
     found = figures(capsys.readouterr().out)
-    assert (found["hellaswag_acc"], found["hellaswag_acc_norm"]) == (right / 5, right_norm / 5)
+    assert (found["hellaswag_acc"], found["hellaswag_acc_norm"]) == (right / 4, right_norm / 4)
 
 
 LINE = dict(activity_label="Roof", ctx_a="A man sits.", ctx_b="he", ctx="A man sits. he", label=1,

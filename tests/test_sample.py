@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,11 +30,12 @@ def make_model(dtype: str, **fields) -> train_gpt.GPT:
     return model.to(getattr(torch, dtype))
 
 
-@pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-6), ("float32", 1e-4)])
-def test_the_cache_changes_nothing(fields, dtype, tolerance):
+@pytest.mark.parametrize("name, dtype, tolerance", [
+    ("windows", "float64", 1e-6), ("windows", "float32", 1e-4), ("whole rows", "float64", 1e-6),
+    ("tiny's", "float32", 1e-4)])
+def test_the_cache_changes_nothing(name, dtype, tolerance):
     """200 tokens after three documents, past windows and seq_len, against a forward of the whole text for each."""
-    model, found = make_model(dtype, **fields), []
+    model, found = make_model(dtype, **MODELS[name]), []
     text = [256, *b"a document", 256, *b"another", 256, *b"and the third, cut by no row's end"]
 
     def draw(logits):
@@ -94,7 +96,7 @@ def say(monkeypatch, capsys, *arguments, typed: bytes = b"") -> tuple[int, str, 
 def test_the_command(trained, monkeypatch, capsys):
     """Same seed, same text; prompts that are no UTF-8, several samples, a pipe of prompts."""
     def printed(*arguments, **typed):
-        status, output, errors = say(monkeypatch, capsys, trained, "--tokens", 40, *arguments, **typed)
+        status, output, errors = say(monkeypatch, capsys, trained, "--tokens", 25, *arguments, **typed)
         assert (status, errors) == (0, ""), errors
         return output
     prompt = "--prompt", "Zeit für é\x1b[2J"
@@ -111,7 +113,8 @@ def test_characters_split_over_tokens(capsys, monkeypatch):
     """Each is printed once it is whole; what never becomes whole is one mark; the end of the text ends all."""
     tokens = [*"é€𝄞".encode(), 0xC3, ord("x"), 0xE2, 0x82, 256, ord("y")]
     monkeypatch.setattr(sample, "generate", lambda *_: iter(tokens))
-    sample.write(make_model("float32", seq_len=32), sample.Bytes(), "", type("Args", (), dict(tokens=9)), None)
+    model, args = SimpleNamespace(config=train_gpt.Config(vocab_size=257)), SimpleNamespace(tokens=9)
+    sample.write(model, sample.Bytes(), "", args, None)
     assert capsys.readouterr().out == "é€𝄞\ufffdx\ufffd\n"
 
 

@@ -38,10 +38,10 @@ PUBLISHED = """published by others, of 124M parameters:
   llm.c's reproduction: loss on FineWeb's validation 3.2847 (modded-nanogpt's first README); small's target is 3.28"""
 
 
-def make_run(model: train_gpt.GPT, c: train_gpt.Config, text: train_gpt.Rows, rows: int) -> SimpleNamespace:
+def make_run(model: train_gpt.GPT, c: train_gpt.Config, text: train_gpt.Rows) -> SimpleNamespace:
     """Returns what train_gpt.evaluate needs of a run, with the kernel and the micro-batch that training would take."""
     device = model.lm_head.weight.device
-    size = train_gpt.micro_batch_rows(c, rows, device)
+    size = train_gpt.micro_batch_rows(c, 2**20, device)     # the last rows may be fewer
     model.varlen = train_gpt.choose_attention(c, device) == "torch varlen_attn"
     model.most_documents = size * text.documents
     return SimpleNamespace(model=model, config=c, device=device, micro_batch=size,
@@ -64,7 +64,7 @@ def score_shards(model, content: dict, args) -> None:
     text = train_gpt.Rows(args.shards, c, wanted)
     rows = min(wanted, text.count)
     tokens = rows * c.seq_len
-    loss = train_gpt.evaluate(make_run(model, c, text, rows), text, range(rows))
+    loss = train_gpt.evaluate(make_run(model, c, text), text, range(rows))
     own = text.sha256 == content["sha256"].get("val")
     print(f"run: {args.run_folder}, step {content.get('step')} of {c.num_steps}")
     print(f"data: {c.folder}/{args.shards}, {tokens} tokens, "

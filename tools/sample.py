@@ -13,6 +13,7 @@ validation, and no more than the last --seq_len tokens. --temperature 0 takes th
 import argparse
 import codecs
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -158,6 +159,8 @@ def main() -> None:
         write_samples(parser.parse_args())
     except (EOFError, KeyboardInterrupt):
         print()
+    except BrokenPipeError:     # the reader, such as `head`, has enough
+        os._exit(0)
     except (RunError, ShardError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
