@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained model and its plot:
-#   ./run.sh [TRACK] [--field value ...]     environment, data, training, plot; --help lists the fields
-#   ./run.sh TRACK --preflight               instead of the training, 20 steps: time, memory and advice (tools/preflight.py)
+#   ./run.sh [TRACK] [--field value ...]     environment, data, training, plot, sample; --help lists the fields
+#   ./run.sh TRACK --preflight               instead of training, 20 steps: time, memory, advice (tools/preflight.py)
 #   ./run.sh env requirements.txt            prints the interpreter to use, making .venv where it is needed
 # Without a track: small on a GPU with compute capability 8.0 and 20 GB, otherwise tiny. PYTHON=python3.12 ./run.sh
 # takes that interpreter as it is. NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT go to torchrun.
@@ -55,9 +55,11 @@ try:
     c = train_gpt.make_config(given, saved)
 except train_gpt.RunError as error:
     sys.exit(f"error: {error}")
-plan = dict(chosen=chosen, data=c.folder, log_dir=c.log_dir, prepare="" if saved or "data" in given else c.prepare,
-            run=c.run_id and os.path.join(c.log_dir, c.run_id),
-            processes=len(gpus) if gpus and train_gpt.batch_rows(c, 0) * c.seq_len >= 4096 * len(gpus) else 1)  # fewer leave GPUs idle
+save = "" if saved or "save_every" in given else f"--save_every {c.num_steps}"     # for the sample
+few = train_gpt.batch_rows(c, 0) * c.seq_len     # tokens; with fewer than 4,096 each, GPUs are idle
+plan = dict(chosen=chosen, save=save, steps=c.num_steps, data=c.folder, log_dir=c.log_dir,
+            prepare="" if saved or "data" in given else c.prepare, run=c.run_id and os.path.join(c.log_dir, c.run_id),
+            processes=len(gpus) if gpus and few >= 4096 * len(gpus) else 1)
 print(*(f"{name}={shlex.quote(str(value))}" for name, value in plan.items()))' "$@")
 eval "$plan"
 
@@ -82,7 +84,7 @@ fi
 launch=("$python" -m torch.distributed.run $rendezvous --nproc_per_node="$processes")
 [ "$processes" != 1 ] || [ "${NNODES:-1}" != 1 ] || launch=("$python")
 # Idle OpenMP threads sleep soon, and leave the cores to others.
-GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000} "${launch[@]}" train_gpt.py ${chosen:+"$chosen"} "$@" &
+GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000} "${launch[@]}" train_gpt.py ${chosen:+"$chosen"} "$@" $save &
 trainer=$!
 trap 'kill -TERM $trainer' TERM     # the terminal sends Ctrl-C to the trainer itself; either way it saves and stops
 trap : INT
@@ -91,3 +93,5 @@ until wait $trainer && status=0 || status=$?; ! kill -0 $trainer 2>/dev/null; do
 [ "${NODE_RANK:-0}" = 0 ] || exit 0     # the first node has the run's folder
 run=${run:-$(ls -td "$log_dir"/*/ | head -n 1)}     # a run without a name is the newest
 "$python" tools/plot.py "$run" || echo "run.sh: the run is complete, but its plot could not be drawn" >&2
+! grep -qs "^checkpoint: .* at step $steps/" "$run/log.txt" || "$python" tools/sample.py "$run" --tokens 100 ||
+    echo "run.sh: the run is complete, but no sample could be written" >&2

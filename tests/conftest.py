@@ -97,6 +97,14 @@ def train(*arguments) -> int:
             return stop.code
 
 
+@pytest.fixture(scope="session")
+def trained(text, tmp_path_factory) -> Path:
+    """The folder of a finished run with every part of the recipe, and its checkpoint."""
+    logs = tmp_path_factory.mktemp("logs")
+    assert train("tiny", *SMALL, *STAGED, *text, "--save_every", 20, "--log_dir", logs, "--run_id", "r") == 0
+    return logs / "r"
+
+
 def losses(log: Path) -> dict[tuple[str, int], str]:
     """Returns {(train or val, step): loss as printed} of a run folder; a step logged twice must agree."""
     found, pattern = {}, r"^step:(\d+)/\d+ (?:.* )?(train|val)_loss:(\S+)"

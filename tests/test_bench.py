@@ -1,4 +1,4 @@
-"""bench/loader.py, bench/optimizers.py and bench/step.py, on little."""
+"""bench/loader.py, bench/optimizers.py, bench/step.py and bench/sample.py, on little."""
 
 import dataclasses
 import re
@@ -51,3 +51,10 @@ def test_the_parts_of_a_step(text):
         assert float(share) == pytest.approx(100 * float(ms) / times["all"], abs=1.5), name
     operations = [float(ms) for ms in re.findall(r"^\| aten::\w+ \| \d+ \| (\S+) \| \d+% \|$", out, re.M)]
     assert len(operations) == 4 and operations == sorted(operations, reverse=True)
+
+
+@pytest.mark.slow
+def test_a_token_with_the_cache_and_without():
+    out = printed("sample.py", "--track", "tiny", "--tokens", 64)
+    rows = re.findall(r"^\| (?:all )?(\d+).* \| (\S+) \| (\S+) \| (\S+) \|$", out, re.M)
+    assert [int(length) for length, *_ in rows] == [2, 17, 33, 48, 64, 64]

@@ -68,30 +68,40 @@ def verify(folder: str) -> str:
 
 def steps(track: str, launched: str) -> list[str]:
     c = train_gpt.make_config(dict(track=track))
-    return [c.prepare, verify(c.data), launched, "tools/plot.py logs/new/"]
+    return [c.prepare, verify(c.data), f"{launched} --save_every {c.num_steps}", "tools/plot.py logs/new/",
+            "tools/sample.py logs/new/ --tokens 100"]
+
+
+TINY, SMALL_8 = steps("tiny", "train_gpt.py tiny"), steps("small", TORCHRUN + "8 train_gpt.py small")
 
 
 @pytest.mark.parametrize("arguments, variables, status, lines", [
-    ("", {}, 0, steps("tiny", "train_gpt.py tiny")),
-    ("--num_steps 5", EIGHT, 0, steps("small", TORCHRUN + "8 train_gpt.py small --num_steps 5")),
+    ("", {}, 0, TINY),
+    ("", EIGHT, 0, SMALL_8),
+    ("tiny", dict(FAILS="sample"), 0, [*TINY, "run.sh: the run is complete, but no sample could be written"]),
+    ("--num_steps 5 --save_every 0", EIGHT, 0, [     # no checkpoint, no sample
+        *SMALL_8[:2], TORCHRUN + "8 train_gpt.py small --num_steps 5 --save_every 0", SMALL_8[3]]),
     ("--preflight --num_steps 5", EIGHT, 0,
-     [*steps("small", "")[:2], "tools/preflight.py --processes 8 small --num_steps 5"]),
-    ("small", EIGHT | NODES, 0, steps("small", ONE_OF_TWO + "train_gpt.py small")[:-1]),     # the other node plots
+     [*SMALL_8[:2], "tools/preflight.py --processes 8 small --num_steps 5"]),
+    ("small", EIGHT | NODES, 0, steps("small", ONE_OF_TWO + "train_gpt.py small")[:-2]),     # the other node plots
     ("tiny --data=m --run_id r --log_dir a", dict(NPROC_PER_NODE="2", FAILS="plot"), 0, [
         verify("m"),
-        TORCHRUN + "2 train_gpt.py tiny --data=m --run_id r --log_dir a",
+        TORCHRUN + "2 train_gpt.py tiny --data=m --run_id r --log_dir a --save_every 500",
         "tools/plot.py a/r", "run.sh: the run is complete, but its plot could not be drawn"]),
     ("--resume logs/new", EIGHT, 0, [
-        verify("t  t"), TORCHRUN + "8 train_gpt.py --resume logs/new", "tools/plot.py logs/new"]),
-    ("tiny", dict(FAILS="verify"), 1, [*steps("tiny", "")[:2], "bad: y"]),
-    ("tiny", dict(FAILS="train_gpt"), 3, steps("tiny", "train_gpt.py tiny")[:-1]),
+        verify("t  t"), TORCHRUN + "8 train_gpt.py --resume logs/new", "tools/plot.py logs/new",
+        "tools/sample.py logs/new --tokens 100"]),
+    ("tiny", dict(FAILS="verify"), 1, [*TINY[:2], "bad: y"]),
+    ("tiny", dict(FAILS="train_gpt"), 3, TINY[:-2]),
     ("large", {}, 1, ["error: track large: give small or lab or tiny or mine"]),
     ("tiny --help", {}, 0, ["train_gpt.py --help"]),
     ("tiny", dict(PYTHON="false"), 1, ["run.sh: PYTHON=false has no torch 2.11 or newer; name another, or none"]),
-    pytest.param("", dict(GPUS="8", BYTES="16e9"), 0, steps("tiny", "train_gpt.py tiny"), marks=pytest.mark.slow),
+    pytest.param("", dict(GPUS="8", BYTES="16e9"), 0, TINY, marks=pytest.mark.slow),
     pytest.param("", dict(GPUS="1", BYTES="20e9"), 0, steps("small", "train_gpt.py small"), marks=pytest.mark.slow)])
 def test_what_it_runs(clone, arguments, variables, status, lines):
     (clone / "logs/new").mkdir(parents=True)
+    ends = [f"checkpoint: x at step {c['num_steps']}/1\n" for c in (vars(train_gpt.Config()), train_gpt.TRACKS["tiny"])]
+    (clone / "logs/new/log.txt").write_text("".join(ends))
     content = dict(config=vars(train_gpt.Config(data="t  t")))
     torch.save(content | dict(digest=train_gpt.describe(content)[1]), clone / "logs/new/checkpoint.pt")
     found, _, errors = result(clone, *arguments.split(), **variables)
@@ -110,6 +120,7 @@ def test_a_new_track_is_one_entry_and_signals_save(clone):
         arguments = ["--resume", "logs/r"]
     status, output, errors = result(clone, *arguments, PYTHON=sys.executable)
     assert status == 0 and ": good: " not in output and (clone / "logs/r/loss.png").exists(), errors
+    assert "run.sh: " not in "".join(errors)     # plot and sample succeeded, too
     assert sorted(step for kind, step in losses(log.parent) if kind == "train") == list(range(1, 201))
 
 

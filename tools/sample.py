@@ -6,69 +6,83 @@
     python tools/sample.py logs/RUN --interactive                    # asks for a prompt again and again
 
 The model is built from the Config in the checkpoint, by today's train_gpt.py: no code of a checkpoint runs. Keys and
-values of the tokens so far are kept, so that each new token costs one token's forward. A token sees at most the last
---seq_len tokens of training, or the windows of validation. --temperature 0 takes the most likely token each time.
+values of the tokens so far are kept, so that a new token costs one token's forward. A token sees what it sees in
+validation, and no more than the last --seq_len tokens. --temperature 0 takes the most likely token each time.
 """
 
 import argparse
 import codecs
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from runs import ROOT
+from runs import ROOT, printable
 
 sys.path.append(str(ROOT / "data"))
 from shards import BYTES_VOCAB_SIZE, GPT2_VOCAB_SIZE, ShardError, load_bpe
 
 import train_gpt
+from train_gpt import RunError, require
 
 
 def load_model(folder: str | Path, device: torch.device) -> tuple[train_gpt.GPT, dict]:
     """Returns the model of FOLDER/checkpoint.pt, for evaluation, and the checkpoint's content.
 
-    Raises train_gpt.RunError where the file is missing, damaged, or of another version or architecture. Says on
-    stderr where the run's train_gpt.py was not today's.
+    Raises RunError where the file is missing, damaged, or of another version or architecture. Says on stderr where
+    the run's train_gpt.py was not today's.
     """
-    content = train_gpt.load_checkpoint(str(folder))
     path = Path(folder, "checkpoint.pt")
-    train_gpt.require(isinstance(content, dict) and {"config", "model"} <= content.keys(),
-                      f"{path}: not a checkpoint of train_gpt.py; give a run's folder")
-    c = train_gpt.make_config(dict(resume=str(folder)), content["config"])
-    model = train_gpt.GPT(c)
+    try:
+        content = train_gpt.load_checkpoint(str(folder))
+        require(all(isinstance(content.get(part), dict) for part in ("config", "model", "sha256")),
+                f"{path}: not a checkpoint of train_gpt.py; give a run's folder")
+        odd = content["config"].keys() ^ vars(train_gpt.Config()).keys()
+        require(not odd, f"{path}: of another version, whose Config differs in {', '.join(sorted(map(str, odd)))}; "
+                "use the train_gpt.py that its log.txt begins with")
+        model = train_gpt.GPT(train_gpt.make_config(dict(resume=str(folder), run_id=""), content["config"]))
+    except RunError as error:
+        raise RunError(str(error).removeprefix("--resume ").splitlines()[0]) from None
     try:
         model.load_state_dict(content["model"])
     except (RuntimeError, TypeError, AttributeError) as error:
-        first = str(error).splitlines()[-1].strip()
-        raise train_gpt.RunError(f"{path}: another architecture than its Config says: {first}") from None
-    today = hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()
-    log = Path(folder, "log.txt")
-    then = re.search(r"^source: sha256 (\w+)", log.read_text(errors="replace"), re.M) if log.exists() else None
-    if not then or then[1] != today:
-        print(f"{path}: of train_gpt.py {then[1][:12] if then else 'unknown'}, read by today's, {today[:12]}",
+        raise RunError(f"{path}: of another architecture than its Config: {str(error).splitlines()[-1].strip()}; "
+                       "use the train_gpt.py that its log.txt begins with") from None
+    log, today = Path(folder, "log.txt"), hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()
+    sources = re.findall(r"^source: sha256 (\w+)", log.read_text(errors="replace"), re.M) if log.exists() else []
+    if sources[-1:] != [today]:
+        print(f"{path}: of train_gpt.py {(sources or ['unknown'])[-1][:12]}, read by today's, {today[:12]}",
               file=sys.stderr)
     return model.to(device).eval(), content
 
 
 class Bytes:
     """The tokenizer of text in bytes: a token is a byte, and the last the end of a text."""
-    encode_ordinary = staticmethod(lambda text: list(text.encode()))
+    n_vocab = BYTES_VOCAB_SIZE
+    encode_ordinary = staticmethod(lambda text: list(text.encode("utf-8", "replace")))
     decode_bytes = staticmethod(lambda tokens: bytes(token for token in tokens if token < 256))
 
 
 def load_tokenizer(c: train_gpt.Config):
-    """Returns what has encode_ordinary(text) and decode_bytes(tokens), for the vocabulary of the run's data.
+    """Returns what has n_vocab, encode_ordinary(text) and decode_bytes(tokens), for the vocabulary of the run's data.
 
     Bytes, GPT-2's BPE, or the bpe.tiktoken beside the shards. Raises ShardError where that cannot be read.
     """
     if c.vocab_size == BYTES_VOCAB_SIZE:
         return Bytes()
-    if c.vocab_size == GPT2_VOCAB_SIZE:
-        return load_bpe("gpt2")
-    return load_bpe(str(c.folder / "bpe.tiktoken"))
+    path = c.folder / "bpe.tiktoken"
+    tokenizer = load_bpe("gpt2" if c.vocab_size == GPT2_VOCAB_SIZE else str(path))
+    require(tokenizer.n_vocab == c.vocab_size, f"{path}: {tokenizer.n_vocab} tokens; the run has {c.vocab_size}")
+    return tokenizer
+
+
+def context(c: train_gpt.Config) -> int:
+    """Returns the window for text of any length. With validation's 0, which is the whole row for each layer, it is a
+    row of training; it counts for the long layers, and the short ones see half of it."""
+    return c.val_window or c.seq_len * (2 if "S" in c.windows else 1)
 
 
 def choose(logits_V: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
@@ -76,23 +90,24 @@ def choose(logits_V: torch.Tensor, temperature: float, top_k: int, top_p: float,
     leave the most likely ones alone: so many of them, or the fewest that have that probability together."""
     if temperature == 0:
         return int(logits_V.argmax())
-    probabilities, tokens = (logits_V.double() / temperature).softmax(-1).sort(descending=True, stable=True)
+    scores = (logits_V - logits_V.max()).double() / temperature
+    probabilities, tokens = scores.softmax(-1).cpu().sort(descending=True, stable=True)
     before = probabilities.cumsum(-1) - probabilities     # of those more likely
     probabilities[before >= top_p] = 0.0
     if top_k:
         probabilities[top_k:] = 0.0
-    return int(tokens[torch.multinomial(probabilities.cpu(), 1, generator=generator)])
+    return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
 
 
 @torch.no_grad()
 def generate(model: train_gpt.GPT, tokens: list[int], count: int, draw) -> Iterator[int]:
     """Yields `count` tokens after `tokens`; `draw` takes logits (V,) of the vocabulary and returns a token."""
-    c, device, model.varlen = model.config, model.lm_head.weight.device, False
-    nothing = torch.empty(1, 0, c.num_heads, c.head_dim, device=device, dtype=getattr(torch, c.dtype))
-    past = [[nothing, nothing] for _ in model.blocks]
+    c, device = model.config, model.lm_head.weight.device
+    none = torch.empty(1, 0, c.num_heads, c.head_dim, device=device, dtype=getattr(torch, c.dtype))
+    past, model.varlen = [[none, none] for _ in model.blocks], False
     for _ in range(count):
-        x_BTD = model.hidden(torch.tensor([tokens], device=device), c.val_window or c.seq_len, past)
-        tokens = [*tokens, draw(model.logits(x_BTD)[0, -1, :c.vocab_size])]
+        x_BTD = model.hidden(torch.tensor([tokens], device=device), context(c), past)
+        tokens = [*tokens, draw(model.logits(x_BTD[:, -1:])[0, 0, :c.vocab_size])]
         yield tokens[-1]
 
 
@@ -100,13 +115,33 @@ def write(model, tokenizer, prompt: str, args, generator: torch.Generator) -> No
     """Prints the prompt and what follows, as soon as its characters are whole, to the end of the text."""
     c, decoder = model.config, codecs.getincrementaldecoder("utf-8")("replace")
     start = [c.vocab_size - 1, *tokenizer.encode_ordinary(prompt)]     # the end-of-text token begins a text
-    print(prompt, end="", flush=True)
+    print(printable(prompt), end="", flush=True)
     for token in generate(model, start, args.tokens,
                           lambda logits: choose(logits, args.temperature, args.top_k, args.top_p, generator)):
         if token == c.vocab_size - 1:
             break
-        print(decoder.decode(tokenizer.decode_bytes([token])), end="", flush=True)
+        print(printable(decoder.decode(tokenizer.decode_bytes([token]))), end="", flush=True)
     print(decoder.decode(b"", final=True), flush=True)
+
+
+def write_samples(args) -> None:
+    limits = dict(tokens=(1, 10**6), samples=(1, 10**6), temperature=(0, 100), top_k=(0, 10**6), top_p=(1e-9, 1))
+    for name, (low, high) in limits.items():
+        value = getattr(args, name)
+        require(low <= value <= high, f"--{name} {value}: give {low} to {high}")
+    model = load_model(args.run_folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))[0]
+    for part in model.modules():
+        if isinstance(part, train_gpt.Linear):
+            part.to(getattr(torch, model.config.dtype))     # once, and not for each token
+    tokenizer, generator = load_tokenizer(model.config), torch.Generator().manual_seed(args.seed)
+    while True:
+        prompt = input("prompt: ") if args.interactive else args.prompt
+        for i in range(args.samples):
+            if args.samples > 1:
+                print(f"---- sample {i + 1} of {args.samples}")
+            write(model, tokenizer, prompt, args, generator)
+        if not args.interactive:
+            break
 
 
 def main() -> None:
@@ -118,26 +153,16 @@ def main() -> None:
                                 ("temperature", 0.8, "0: the most likely token"), ("top_k", 0, "0: off"),
                                 ("top_p", 1.0, "1: off"), ("seed", 0, "of the draws")]:
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default: {default})")
-    args = parser.parse_args()
-    limits = dict(tokens=(1, 10**6), samples=(1, 10**6), temperature=(0, 100), top_k=(0, 10**6), top_p=(1e-9, 1))
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        for name, (low, high) in limits.items():
-            value = getattr(args, name)
-            train_gpt.require(low <= value <= high, f"--{name} {value}: give {low} to {high}")
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model, _ = load_model(args.run_folder, device)
-        tokenizer, generator = load_tokenizer(model.config), torch.Generator().manual_seed(args.seed)
-        for i in range(args.samples):
-            if args.samples > 1:
-                print(f"---- sample {i + 1} of {args.samples}")
-            if not args.interactive:
-                write(model, tokenizer, args.prompt, args, generator)
-        while args.interactive:
-            write(model, tokenizer, input("prompt: "), args, generator)
-    except EOFError:
+        write_samples(parser.parse_args())
+    except (EOFError, KeyboardInterrupt):
         print()
-    except (train_gpt.RunError, ShardError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except BrokenPipeError:     # the reader, such as `head`, has enough
+        os._exit(0)
+    except (RunError, ShardError) as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
 
 
