@@ -127,7 +127,7 @@ def test_bad_input_is_one_line_and_executes_nothing(trained, tmp_path, monkeypat
     (tmp_path / "alone").mkdir()
     torch.save(content, tmp_path / "alone/checkpoint.pt")
     for name, options, words in [
-            ("none", [], ["none/checkpoint.pt"]), ("bad", [], ["bad/checkpoint.pt", "posix.mkdir"]),
+            ("none", [], ["none/checkpoint.pt"]), ("bad", [], ["bad/checkpoint.pt", "whole"]),
             ("alone", [], ["alone/log.txt", "give the folder"]),
             (trained, ["--push", "a b"], ["--push a b", "NAME/REPO"]),
             (trained, ["--out", tmp_path / "full"], [f"--out {tmp_path}/full", "give another"])]:

@@ -74,6 +74,9 @@ class GPTSpeedrunForCausalLM(PreTrainedModel, GenerationMixin):
             return dict(input_ids=input_ids, attention_mask=attention_mask)
         known = memory.get("input_ids")
         if known is None or not torch.equal(known, input_ids[:, :-1][:, :known.size(1)]):
-            memory["past"] = [[] for _ in self.gpt.blocks]
+            weight, c = self.gpt.lm_head.weight, self.gpt.config
+            none = torch.empty(len(input_ids), 0, c.num_heads, c.head_dim, device=weight.device,
+                               dtype=getattr(torch, c.dtype))
+            memory["past"] = [[none, none] for _ in self.gpt.blocks]
         memory["input_ids"] = input_ids
         return dict(input_ids=input_ids, past=memory["past"])

@@ -168,7 +168,7 @@ class Mirror:
 
     def write(self, lines: str) -> None:
         """Copies every number of the lines of steps; times are in ms, as in the log."""
-        for step, pairs in STEP.findall(SOURCE.sub("", lines)):
+        for step, _, pairs in STEP.findall(SOURCE.sub("", lines)):
             numbers = {key: float(value) for key, value in NUMBER.findall(pairs)}
             for key in numbers if self.board else ():
                 self.board.add_scalar(key, numbers[key], int(step))
