@@ -53,7 +53,7 @@ def naming(path, remedy="make room or give another --log_dir, then --resume the 
     try:
         yield
     except Exception as error:  # torch raises many types
-        reason = getattr(error, "strerror", None) or "cannot be read or written whole"
+        reason = getattr(error, "strerror", None) or f"not whole, {type(error).__name__}"
         raise RunError(f"{path}: {reason}; {remedy}") from error
 
 # ==== 1. Config: every knob of a run, and an option: --lr 0.003 ===================

@@ -20,7 +20,9 @@ from torchgen.model import DispatchKey
 # What a tensor says that nobody computed: a loss that is finite, a flag that is set.
 NUMBERS = {torch.bool: True, torch.float32: 0.5, torch.float64: 0.5, torch.bfloat16: 0.5}
 FREE = ("prim.", "profiler.", "aten.empty", "aten.new_empty", "aten._unsafe_view", "aten.detach", "aten._reshape_alias")
-ROWS = {torch.ops.aten.embedding, torch.ops.aten.index_select, torch.ops.aten.index_copy_}     # a few of a table's
+# What touches a few rows of a table: how often it reads or writes each.
+ROWS = {torch.ops.aten.embedding: 2, torch.ops.aten.index_select: 2, torch.ops.aten.index_copy_: 2,
+        torch.ops.aten.index_add_: 3, torch.ops.aten.index_fill_: 1}
 COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
 ATTENTION = {"torch_attn::_varlen_attn": 4, "torch_attn::_varlen_attn_backward": 10}     # operations of a key's channel
 
@@ -133,9 +135,11 @@ class Recorder(FakeTensorMode):
         if function in COPIES and moved and not (kwargs or {}).get("non_blocking"):
             self.synchronized("copy")
         read = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]     # not kwargs' `out`
-        if function.overloadpacket in ROWS:
-            read = results = read[1:] + (results if function.overloadpacket != torch.ops.aten.index_copy_ else [])
         size = sum(x.numel() * x.itemsize for x in read + results)
+        if function.overloadpacket in ROWS:
+            table, places = read[:2]
+            row = table.numel() // table.size(0) * table.itemsize
+            size = places.numel() * (ROWS[function.overloadpacket] * row + places.itemsize)
         if function.namespace == "c10d" and self.in_step:
             calls = self.steps[-1]["collectives"][f"{function.name()} {str(on_gpu[0].dtype)[6:]}"]
             results = [x for x in tree_leaves(args[0]) if isinstance(x, torch.Tensor)]

@@ -98,6 +98,7 @@ def replace_in_trainer(recorder: Recorder) -> None:
     torch.nn.Module.to = to
     torch.Tensor.pin_memory = lambda self: self
     torch.save = lambda content, file: file.write(str(content).encode())
+    train_gpt.describe = lambda content: ([], "")     # nothing has a value
 
 
 def problems(report: dict) -> list[str]:
