@@ -444,10 +444,10 @@ class GPT(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.config = c
-        self.embed = nn.Embedding(c.padded_vocab_size, c.model_dim)
+        shape, count = (c.padded_vocab_size, c.model_dim), min(c.value_tables, c.num_layers // 2)
+        self.embed = nn.Embedding(*shape)
         self.ngrams = Ngrams(c) if c.ngram_rows else None
-        count = min(c.value_tables, c.num_layers // 2)
-        self.value_embeds = nn.ModuleList([copy.deepcopy(self.embed) for _ in range(count)])
+        self.value_embeds = nn.ModuleList(nn.Embedding(*shape) for _ in range(count))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.lm_head = Linear(c.model_dim, c.padded_vocab_size, bias=False)
         self.varlen, self.most_documents = False, None  # set_up knows better
