@@ -126,7 +126,7 @@ TRACKS = {
         data="data/lab", sha256="ec1164e96a45b25c 1757957470087c35", vocab_size=1024,
         val_tokens=2**19, target=3.13, seq_len=512, document_tokens=512, num_layers=6,
         num_heads=2, head_dim=64, value_tables=2, ngram_rows=65_536, ngram_dim=32,
-        attention_scale=0.17, batch_tokens=2048, stages="1:64 2:128 3:192", val_window=320,
+        attention_scale=0.17, batch_tokens=2048, stages="2:64 2:128 2:192", val_window=320,
         val_every=0, num_steps=200, cooldown_steps=110, momentum_warmup_steps=100),
     "tiny": dict(
         prepare="data/local_text.py", data="data/tiny",
