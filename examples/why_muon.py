@@ -208,9 +208,9 @@ def record(found: SimpleNamespace, step: int, matrices: dict) -> None:
 
 # ==== Pictures ====================================================================
 # 800 pixels wide.
-matplotlib.rcParams.update({
+STYLE = {
     "figure.dpi": 100, "savefig.dpi": 100, "font.size": 9.5, "axes.titlesize": 10,
-    "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
+    "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def draw_polynomial(muon: SimpleNamespace) -> Figure:
@@ -383,6 +383,7 @@ def html(figures: dict, texts: list[str]) -> str:
     return "\n".join(page)
 
 
+@matplotlib.rc_context(STYLE)
 def write(folder: Path, runs: dict, texts: list[str]) -> None:
     """Draws the pictures into the folder, and the page with them."""
     figures = dict(polynomial=draw_polynomial(runs["Muon"]), spectra=draw_spectra(runs),

@@ -61,7 +61,7 @@ def check_run(log: str, report: dict) -> None:
 
 def check_memory(name: str, log: str, report: dict) -> None:
     """Of the plan: all that a step takes, and little more; it fits a card of 24 GB."""
-    assert int(re.search("^data: .* rows a step, (.*) at once", log, re.MULTILINE)[1]) == 2
+    assert int(re.search("^rows: .* a step, (.*) at once", log, re.MULTILINE)[1]) == 2
     assert 0.85 < report["peak"] / plan.planned_bytes(config_of(name), 2) < 1.1 and report["peak"] < 20e9
 
 

@@ -169,6 +169,7 @@ def on_a_rank(rank: int, port: int) -> list:
     return facts
 
 
+@pytest.mark.slow
 def test_two_processes_clip_as_one():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

@@ -386,4 +386,4 @@ def test_sigkill_at_any_moment_of_saving_leaves_a_loadable_checkpoint(tmp_path):
     """A process that saves without a pause is killed at 40 moments: what it leaves is whole, and the newest."""
     result = subprocess.run([sys.executable, "-c", KILL_SAVERS, tmp_path], capture_output=True, text=True, timeout=60,
                             env={**environment(), "PYTHONPATH": str(ROOT)})
-    assert result.returncode == 0 and result.stdout.count("last") == 40, result.stderr
+    assert result.returncode == 0 and len(re.findall("^last", result.stdout, re.M)) == 40, result.stderr

@@ -110,10 +110,10 @@ def planned_bytes(c: train_gpt.Config, rows: int) -> float:
     embeddings = (2 + c.value_tables) * c.padded_vocab_size * c.model_dim
     values = 18.5 * c.num_layers * c.model_dim + 1.2 * c.padded_vocab_size     # that a token keeps
     size = getattr(torch, c.dtype).itemsize * values * rows * c.seq_len
-    # Of the n-grams: weights and squares, each token's sum and gradient, and RowAdam's step.
+    # Of the n-grams: weights, squares and sums, each token's sum and gradient, and RowAdam's step.
     tokens = c.seq_len * max(train_gpt.batch_rows(c, step) for step in range(c.num_steps))
     channels, grams = bool(c.ngram_rows) * (c.ngram_dim or c.model_dim), c.ngram_max - 1
-    kept = 8 * channels * (grams * c.ngram_rows + tokens)
+    kept = channels * (12 * grams * c.ngram_rows + 8 * tokens)
     return max(size, 20 * channels * grams * tokens) + kept + 16 * (matrices + embeddings)
 
 
