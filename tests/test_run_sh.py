@@ -110,7 +110,7 @@ def test_what_it_runs(clone, arguments, variables, status, lines):
 
 def test_a_new_track_is_one_entry_and_signals_save(clone):
     """Its data are made and checked, it is trained on and plotted, and stopped twice in between."""
-    arguments, log = ["mine", *SMALL, "--num_steps", "200", "--run_id", "r"], clone / "logs/r/log.txt"
+    arguments, log = ["mine", *SMALL, "--num_steps", "80", "--run_id", "r"], clone / "logs/r/log.txt"
     for number, kill, step in ((signal.SIGTERM, os.kill, 5), (signal.SIGINT, os.killpg, 40)):
         process = start(clone, *arguments, PYTHON=sys.executable)
         wait_for(log, f"^step:{step}/")
@@ -121,7 +121,7 @@ def test_a_new_track_is_one_entry_and_signals_save(clone):
     status, output, errors = result(clone, *arguments, PYTHON=sys.executable)
     assert status == 0 and ": good: " not in output and (clone / "logs/r/loss.png").exists(), errors
     assert "run.sh: " not in "".join(errors)     # plot and sample succeeded, too
-    assert sorted(step for kind, step in losses(log.parent) if kind == "train") == list(range(1, 201))
+    assert sorted(step for kind, step in losses(log.parent) if kind == "train") == list(range(1, 81))
 
 
 def test_a_clone_without_the_pins_makes_venv_once(clone):

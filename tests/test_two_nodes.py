@@ -102,6 +102,7 @@ def test_a_rank_that_dies_is_named_and_the_run_resumes_on_one_node(network, text
     assert losses(tmp_path / "r") == one_node()
 
 
+@pytest.mark.slow
 def test_two_nodes_end_with_the_losses_of_one(network, text, tmp_path, one_node):
     """On a CPU they are equal as printed: the ranks and their collectives are the same."""
     nodes = [start(node, *OPTIONS, *text, "--log_dir", tmp_path) for node in (0, 1)]
