@@ -719,7 +719,7 @@ def set_schedules(optimizers: dict, c: Config, step: int) -> None:
 
 def micro_batch_rows(c: Config, share: int, device: torch.device) -> int:
     # How many of a rank's share of rows run at once. --micro_batch 0: 4,096 tokens on a
-    # CPU, for its caches; 16,384 on a GPU, which keep it busy and of small need 15 GiB.
+    # CPU, for its caches; 16,384 on a GPU, which keep it busy and of small need 17 GiB.
     most = c.micro_batch or max(1, dict(cpu=4096).get(device.type, 16_384) // c.seq_len)
     return max(n for n in range(1, share + 1) if share % n == 0 and n <= most)
 
