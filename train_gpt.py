@@ -172,7 +172,7 @@ def make_config(given: dict, saved: dict | None = None) -> Config:
         stages=r"([1-9]\d?:\d{1,7} ?){1,99}", windows="[SL]+", run_id=r"(\w[\w.-]{,99})?",
         dtype="auto|float32|bfloat16", compile="auto|on|off", nesterov="on|off",
         mixing="on|off", matrix_optimizer="|".join(OPTIMIZERS),
-        update_scale="|".join(UPDATE_SCALES))
+        update_scale="|".join(UPDATE_SCALES), track="|".join(TRACKS))
     for name, value in vars(c).items():
         low, high = limits.get(name, (0, 10**9))
         if name in forms:
@@ -768,7 +768,7 @@ def load_checkpoint(folder: str) -> dict:
     path = Path(folder, "checkpoint.pt")
     with naming(f"--resume {path}", "give a run that has a whole one"):
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if content.pop("digest") != describe(content)[1]:
+        if content.pop("digest") != describe(content)[1] or int(content["step"]) < 0:
             raise ValueError(path)
     return content
 

@@ -102,7 +102,7 @@ def test_what_it_runs(clone, arguments, variables, status, lines):
     (clone / "logs/new").mkdir(parents=True)
     ends = [f"checkpoint: x at step {c['num_steps']}/1\n" for c in (vars(train_gpt.Config()), train_gpt.TRACKS["tiny"])]
     (clone / "logs/new/log.txt").write_text("".join(ends))
-    content = dict(config=vars(train_gpt.Config(data="t  t")))
+    content = dict(config=vars(train_gpt.Config(data="t  t")), step=1)
     torch.save(content | dict(digest=train_gpt.describe(content)[1]), clone / "logs/new/checkpoint.pt")
     found, _, errors = result(clone, *arguments.split(), **variables)
     assert (found, [line.replace(f"{clone}/", "") for line in errors]) == (status, lines)

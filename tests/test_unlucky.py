@@ -210,7 +210,10 @@ def test_an_ordinary_user_without_a_home_or_permission(text, tmp_path):
     variables = {name: value for name, value in environment().items() if name != "HOME"}
     for log_dir, status in ((tmp_path / "logs", 2), (tmp_path / "own", 0)):
         options = ["tiny", *RUN, "--data", tmp_path / "data", "--log_dir", log_dir]
-        result = subprocess.run(command(*options), capture_output=True, text=True, env=variables, user=65534, cwd="/")
+        try:
+            result = subprocess.run(command(*options), capture_output=True, text=True, env=variables, user=65534, cwd="/")
+        except PermissionError:
+            pytest.skip("another user may not run this interpreter")
         assert result.returncode == status, result.stderr
         if status:
             one_line(result.stderr, f"{log_dir}/r: Permission denied", "--log_dir")
@@ -230,7 +233,7 @@ for i in range(60):
     arguments = [*options, "--log_dir", folder, "--run_id", f"r{i}"]
     while True:
         child = start(arguments)
-        time.sleep(generator.uniform(0.2, 3))
+        time.sleep(generator.uniform(0.05, 0.9))
         number = generator.choice([signal.SIGINT, signal.SIGTERM])
         try:
             os.kill(child, number)
