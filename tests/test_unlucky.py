@@ -211,7 +211,8 @@ def test_an_ordinary_user_without_a_home_or_permission(text, tmp_path):
     for log_dir, status in ((tmp_path / "logs", 2), (tmp_path / "own", 0)):
         options = ["tiny", *RUN, "--data", tmp_path / "data", "--log_dir", log_dir]
         try:
-            result = subprocess.run(command(*options), capture_output=True, text=True, env=variables, user=65534, cwd="/")
+            result = subprocess.run(command(*options), capture_output=True, text=True, env=variables, user=65534,
+                                    cwd="/")
         except PermissionError:
             pytest.skip("another user may not run this interpreter")
         assert result.returncode == status, result.stderr
