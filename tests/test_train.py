@@ -378,7 +378,7 @@ for i in range(40):
     content = train_gpt.load_checkpoint(folder)
     assert content["step"] > last and (content["model"]["weight"] == content["step"]).all()
     last = content["step"]
-    print("last", last)
+    print("last", last, flush=True)
 """
 
 
