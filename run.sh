@@ -93,5 +93,7 @@ until wait $trainer && status=0 || status=$?; ! kill -0 $trainer 2>/dev/null; do
 [ "${NODE_RANK:-0}" = 0 ] || exit 0     # the first node has the run's folder
 run=${run:-$(ls -td "$log_dir"/*/ | head -n 1)}     # a run without a name is the newest
 "$python" tools/plot.py "$run" || echo "run.sh: the run is complete, but its plot could not be drawn" >&2
-! grep -qs "^checkpoint: .* at step $steps/" "$run/log.txt" || "$python" tools/sample.py "$run" --tokens 100 ||
+grep -qs "^checkpoint: .* at step $steps/" "$run/log.txt" || exit 0
+echo "what it writes (more: python tools/sample.py $run --interactive):"
+"$python" tools/sample.py "$run" --tokens 100 ||
     echo "run.sh: the run is complete, but no sample could be written" >&2

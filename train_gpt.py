@@ -842,7 +842,7 @@ source: sha256 {hashlib.sha256(source.encode()).hexdigest()}, git {git}
 versions: python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}
 hardware: {describe_hardware(run.device)}
 kernels: attention {run.attention}; {c.dtype}; torch.compile {run.compiled}
-rows: {sorted({*np.diff(run.starts)})} a step, {run.micro_batch} at once{run.table}""")
+rows: {np.unique(np.diff(run.starts))} a step, {run.micro_batch} at once{run.table}""")
     log(run, f"config: {json.dumps(vars(c))}", console=False)
 
 def prime(run, start: dict) -> None:

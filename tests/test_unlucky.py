@@ -270,8 +270,10 @@ def test_signals_at_any_moment(text, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_odd_values_of_every_option(text, tmp_path):
+def test_odd_values_of_every_option(text, tmp_path, monkeypatch):
     """500 of them: a clear line or a run, never a traceback or a hang."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")     # where a log_dir of any name goes
     generator, names = random.Random(0), [name for name in vars(train_gpt.Config()) if name != "track"]
     odd = ["", " ", "0", "-1", "1e308", HUGE, "nan", "inf", "0x10", "1.5", "é", "../x", "/dev/null", 5000 * "a", "{}"]
     for i in range(500):
