@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils._pytree import tree_flatten_with_path
 
@@ -63,20 +64,20 @@ class Config:
     # Data
     prepare: str = "data/fineweb.py"  # makes the shards
     data: str = "data/fineweb10B"  # their folder: *train_*.bin and *val_*.bin
-    sha256: str = ""  # of train and val whose losses compare: first 16 digits
+    sha256: str = ""  # of train and val that compare: 16 digits
     vocab_size: int = 50257  # tokens; the last is end-of-text
-    val_tokens: int = 10 * 2**20  # tokens of a validation
-    target: float = 3.28  # validation loss to reach, in nats a token
+    val_tokens: int = 10 * 2**20  # of a validation
+    target: float = 3.28  # validation loss, in nats a token
     # Model
     seq_len: int = 8192  # tokens of a row
-    document_tokens: int = 2048  # most of a document (0: rows of running text)
+    document_tokens: int = 2048  # most of a document (0: running text)
     num_layers: int = 12
     num_heads: int = 6
     head_dim: int = 128  # channels
-    windows: str = "SSSL"  # of the layers, in turn: L is a stage's, S half of it
+    windows: str = "SSSL"  # of layers in turn: L is a stage's, S half of it
     mixing: str = "on"  # each block's input: a sum with the embedding
     value_tables: int = 3  # of as many first and last layers (0: off)
-    ngram_rows: int = 2**20  # of the hashed table of each n (0: off)
+    ngram_rows: int = 2**20  # of the table of each n (0: off)
     ngram_max: int = 3  # n from 2 on
     ngram_dim: int = 192  # channels (0: all)
     attention_scale: float = 0.12  # factor of q . k
@@ -85,8 +86,9 @@ class Config:
     # Batch
     batch_tokens: int = 131_072  # tokens of a step, times a stage's factor
     micro_batch: int = 0  # most rows at once (0: auto)
+    reduce_dtype: str = "float32"  # of gradients between ranks
     # Optimizers. The rates of other parameters are ratios to lr.
-    lr: float = 0.0023  # learning rate of lm_head
+    lr: float = 0.0023  # of lm_head
     embed_lr_ratio: float = 260.0  # of embeddings
     mixing_lr_ratio: float = 15.0
     matrix_lr_ratio: float = 0.0  # of matrices (0: update_scale's)
@@ -137,8 +139,8 @@ TRACKS = {
         val_window=0, val_every=0, num_steps=500, cooldown_steps=380,
         momentum_warmup_steps=200)}
 # A change of any other field makes another run.
-RESUME_MAY_CHANGE = set("""prepare data micro_batch val_every save_every resume log_dir run_id
-    compile prime_steps collective_timeout""".split())
+RESUME_MAY_CHANGE = set("""prepare data micro_batch val_every save_every resume
+    log_dir run_id compile prime_steps collective_timeout""".split())
 
 def parse_command_line(arguments: list[str]) -> dict:
     parser = argparse.ArgumentParser(
@@ -170,8 +172,8 @@ def make_config(given: dict, saved: dict | None = None) -> Config:
         vocab_size=(1, 2**16), ngram_max=(2, 99), batch_tokens=(1, 2**30), val_tokens=(1, 2**30))
     forms = dict(
         stages=r"([1-9]\d?:\d{1,7} ?){1,99}", windows="[SL]+", run_id=r"(\w[\w.-]{,99})?",
-        dtype="auto|float32|bfloat16", compile="auto|on|off", nesterov="on|off",
-        mixing="on|off", matrix_optimizer="|".join(OPTIMIZERS),
+        dtype="auto|float32|bfloat16", reduce_dtype="float32|bfloat16", mixing="on|off",
+        compile="auto|on|off", nesterov="on|off", matrix_optimizer="|".join(OPTIMIZERS),
         update_scale="|".join(UPDATE_SCALES), track="|".join(TRACKS))
     for name, value in vars(c).items():
         low, high = limits.get(name, (0, 10**9))
@@ -187,9 +189,7 @@ def make_config(given: dict, saved: dict | None = None) -> Config:
 
 # ==== 2. Processes and log ========================================================
 def ranks() -> tuple[int, int]:  # this rank, and how many there are
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 def gather(value) -> list:
     values = [value] * ranks()[1]
@@ -221,7 +221,7 @@ def watch(hosts: list[str]) -> None:
                 if not store.check([f"alive {r}"])]
     time.sleep(1)  # a run that is over ends by itself
     print(f"rank {rank} of {size}: lost {', '.join(lost) or 'no rank'}; did one die, "
-          "hang or pass --collective_timeout?", file=sys.stderr, flush=True)
+          "hang or pass --collective_timeout?\n", end="", file=sys.stderr, flush=True)
     os._exit(1)
 
 def log(run, text: str, console: bool = True) -> None:
@@ -265,7 +265,7 @@ def open_shard(path: Path, vocab_size: int) -> np.ndarray:
     return tokens
 
 class Rows:
-    # Rows of seq_len tokens and the one after, within a shard. With `cut`, they begin with
+    # Rows of seq_len tokens and the next, within a shard. With `cut`, they begin with
     # a document and have at most so many tokens of each. Shards beyond the first `max_rows`
     # rows are left out, so that it does not matter how many there are.
     def __init__(self, pattern: str, c: Config, max_rows: int, cut=None):
@@ -357,7 +357,7 @@ def choose_attention(c: Config, device: torch.device) -> str:
         works = True
     return "torch varlen_attn" if all(gather(works)) else "torch SDPA"
 
-def attend(q_BTHK, k_BTHK, v_BTHK, scale: float, seen) -> torch.Tensor:
+def attend(q_BTHK, k_BTHK, v_BTHK, scale: float, seen):
     # seen: as GPT.seen gives it.
     if isinstance(seen, tuple):
         bounds, longest, window = seen
@@ -367,14 +367,11 @@ def attend(q_BTHK, k_BTHK, v_BTHK, scale: float, seen) -> torch.Tensor:
         return y.view_as(q_BTHK)
 
     q, k, v = q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BTHK.transpose(1, 2)
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, seen, scale=scale).transpose(1, 2)
-    # For bfloat16 torch's CPU kernel is slower than plain products.
-    if seen.ndim == 4:
-        seen = seen.expand(-1, q.size(1), -1, -1).flatten(0, 1)
-    scores = torch.baddbmm(seen, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale)
-    y = scores.softmax(-1) @ v.flatten(0, 1)
-    return y.view_as(q).transpose(1, 2)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # torch's is slower
+        y = (q @ k.mT * scale + seen).softmax(-1) @ v
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, seen, scale=scale)
+    return y.transpose(1, 2)
 
 class Attention(nn.Module):
     # q and k have unit RMS, which bounds q . k (arXiv:2010.04245).
@@ -450,7 +447,7 @@ class GPT(nn.Module):
         self.value_embeds = nn.ModuleList(nn.Embedding(*shape) for _ in range(count))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.lm_head = Linear(c.model_dim, c.padded_vocab_size, bias=False)
-        self.varlen, self.most_documents = False, None  # set_up knows better
+        self.varlen, self.most_documents = False, c.seq_len  # by set_up
     @torch.no_grad()
     def initialize(self) -> "GPT":
         # Draws the weights on the CPU, so that they are the same everywhere.
@@ -474,7 +471,8 @@ class GPT(nn.Module):
             # The last documents are empty, so that no shape depends on their number.
             place = torch.arange(first_BT.numel(), device=first_BT.device)
             starts = place.where(first_BT.flatten(), len(place)).sort().values
-            bounds = F.pad(starts[:self.most_documents], (0, 1), value=len(place)).int()
+            starts = starts[:len(tokens_BT) * self.most_documents]
+            bounds = F.pad(starts, (0, 1), value=len(place)).int()
             longest = c.document_tokens if c.document_tokens and self.training else size
             return bounds, longest, window or -1
 
@@ -523,7 +521,7 @@ UPDATE_SCALES = {
     "match_rms_adamw": (lambda m, n: 0.2 * max(m, n) ** 0.5, 1.0),  # arXiv:2502.16982
     "none": (lambda m, n: 1.0, 10.0)}  # OrthogonalNesterov
 
-def orthogonalize(G_kmn: torch.Tensor, steps: int, dtype: torch.dtype | None = None):
+def orthogonalize(G_kmn, steps: int, dtype: torch.dtype | None = None):
     # Newton-Schulz in `dtype` (Jordan et al. 2024). Brings the singular values of matrices
     # with m <= n to about [0.7, 1.2], except those below 0.003 of the Frobenius norm.
     X = F.normalize(G_kmn, dim=(-2, -1), eps=1e-20).to(dtype or G_kmn.dtype)
@@ -560,7 +558,7 @@ class Muon(torch.optim.Optimizer):
             fits = p.ndim in (2, 3) and not hasattr(p, "placements")  # which a DTensor has
             require(fits, f"Muon: {name}, {tuple(p.shape)}: give whole matrices; flatten "
                     "filters; AdamW takes the rest")
-    def wide(self, x: torch.Tensor) -> torch.Tensor:
+    def wide(self, x):
         # A view of x as matrices (k, m, n), transposed where m >= n.
         x = x.view(-1, *x.shape[-2:])
         return x.mT if x.size(1) >= x.size(2) else x
@@ -580,13 +578,11 @@ class Muon(torch.optim.Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(p)
             v = state["momentum_buffer"].lerp_(g, 1 - mu)
             directions.append(self.wide(g.lerp(v, mu) if group["nesterov"] else v))
-        # Each rank orthogonalizes a share, and leaves zeros for the others.
-        G = torch.cat(directions)
-        U = torch.zeros_like(G, dtype=group["ns_dtype"])
-        mine = slice(ranks()[0], None, ranks()[1])
-        U[mine] = self.orthogonalize(G[mine], group["ns_steps"], group["ns_dtype"])
-        if ranks()[1] > 1:
-            dist.all_reduce(U)
+        # Each rank orthogonalizes a share, of which zeros make the last ones whole.
+        G, (rank, size) = torch.cat(directions), ranks()
+        share = math.ceil(len(G) / size)
+        mine = F.pad(G, (0, 0, 0, 0, 0, size * share - len(G))).split(share)[rank]
+        U = gather_rows(self.orthogonalize(mine, group["ns_steps"], group["ns_dtype"]))[:len(G)]
         if group["beta2"]:  # the rows of a tall matrix are columns here
             means = U.square().mean(1, keepdim=True, dtype=p.dtype)
             state = self.state[members[0]]  # has that of all
@@ -607,21 +603,21 @@ class RowAdam(torch.optim.Optimizer):
         s <- beta2 s + (1 - beta2) g^2;   w <- w - lr g / sqrt(s / (1 - beta2^t))
 
     (arXiv:1412.6980, beta1 = 0.) An idle row keeps its weights and its s, as in SparseAdam.
-    Takes `touched` from the parameter: ids (n, ...) and the sums (..., D) of those rows.
+    `touched` of a parameter: ids (n, ...), sums (..., D); gradients travel in `dtype`.
     """
-    def __init__(self, params, lr: float, beta2: float = 0.99):
-        super().__init__(params, dict(lr=lr, beta2=beta2))
+    def __init__(self, params, lr=0.01, beta2=0.99, dtype=None):
+        super().__init__(params, dict(lr=lr, beta2=beta2, dtype=dtype))
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             for p in [p for p in group["params"] if hasattr(p, "touched")]:
-                self.update(p, group["lr"], group["beta2"])
-    def update(self, p: torch.Tensor, lr: float, beta2: float) -> None:
+                self.update(p, group["lr"], group["beta2"], group["dtype"])
+    def update(self, p, lr: float, beta2: float, dtype) -> None:
         touched = vars(p).pop("touched")
         ids = torch.cat([ids.flatten(1) for ids, _ in touched], 1)
         ids = gather_rows(ids.T.contiguous()).T
         grads = torch.cat([sums.grad.flatten(0, -2) for _, sums in touched])
-        grads = gather_rows(grads.div_(ranks()[1]))
+        grads = gather_rows(grads.div_(ranks()[1]).to(dtype or p.dtype)).type_as(p)
         # The sum of each row's gradients, at each of its places in ids: a row that is there
         # many times is written many times, alike. The host need not know how many differ.
         if not hasattr(p, "sums"):
@@ -642,7 +638,7 @@ class RowAdam(torch.optim.Optimizer):
         size = square.sqrt_().clamp_min_(1e-10)
         p.index_copy_(0, ids, p.index_select(0, ids).addcdiv_(g, size, value=-lr))
 
-def gather_rows(x: torch.Tensor) -> torch.Tensor:
+def gather_rows(x):
     if ranks()[1] == 1:
         return x
     everyone = x.new_empty(ranks()[1] * len(x), *x.shape[1:])
@@ -655,7 +651,7 @@ def make_muon(groups: list, c: Config, update_scale: str) -> Muon:
 
 # OrthogonalNesterov's v <- mu v + g is the same but for a factor, which has no effect.
 OPTIMIZERS = dict(
-    row_adam=lambda groups, c: RowAdam(groups, lr=c.lr),
+    row_adam=lambda groups, c: RowAdam(groups, dtype=getattr(torch, c.reduce_dtype)),
     adamw=lambda groups, c: torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True),
     muon=lambda groups, c: make_muon(groups, c, c.update_scale),
     orthogonal_nesterov=lambda groups, c: make_muon(groups, c, "none"))
@@ -663,16 +659,14 @@ OPTIMIZERS = dict(
 def parameter_table(c: Config) -> list[tuple]:
     # Rows of pattern, optimizer, learning rate and weight decay; the first whose pattern
     # fits the name of a parameter has it.
-    matrix, decay = c.matrix_optimizer, c.matrix_weight_decay
     ratios = dict(muon=UPDATE_SCALES[c.update_scale][1], orthogonal_nesterov=10.0)
-    matrix_lr = c.lr * (c.matrix_lr_ratio or ratios.get(matrix, 1.0))
-    embed_lr, mixing_lr = c.lr * c.embed_lr_ratio, c.lr * c.mixing_lr_ratio
+    matrix_lr = c.lr * (c.matrix_lr_ratio or ratios.get(c.matrix_optimizer, 1.0))
     return [
         ("lm_head.weight", "adamw", c.lr, 0.0),
-        ("*embed*.weight", "adamw", embed_lr, 0.0),
-        ("ngrams.table", "row_adam", embed_lr, 0.0),
-        ("blocks.*.mix", "adamw", mixing_lr, 0.0),
-        ("blocks.*.weight", matrix, matrix_lr, decay)]
+        ("*embed*.weight", "adamw", c.lr * c.embed_lr_ratio, 0.0),
+        ("ngrams.table", "row_adam", c.lr * c.embed_lr_ratio, 0.0),
+        ("blocks.*.mix", "adamw", c.lr * c.mixing_lr_ratio, 0.0),
+        ("blocks.*.weight", c.matrix_optimizer, matrix_lr, c.matrix_weight_decay)]
 
 def make_optimizers(model: GPT, c: Config) -> tuple[dict, str]:
     # ({name: optimizer}, the table as text).
@@ -692,8 +686,7 @@ def make_optimizers(model: GPT, c: Config) -> tuple[dict, str]:
 def stage(c: Config, step: int) -> tuple[int, int]:
     # The factor of batch_tokens and the window of this step.
     stages = c.stages.split()
-    factor, window = stages[step * len(stages) // c.num_steps].split(":")
-    return int(factor), int(window)
+    return tuple(map(int, stages[step * len(stages) // c.num_steps].split(":")))
 
 def lr_multiplier(c: Config, step: int) -> float:
     # Linear warm-up, constant, linear cool-down (Hagele et al. 2024, arXiv:2405.18392),
@@ -703,9 +696,7 @@ def lr_multiplier(c: Config, step: int) -> float:
     return min(1.0, warmup, left) * stage(c, step)[0] ** 0.5
 
 def muon_momentum(c: Config, step: int) -> float:
-    if step >= c.momentum_warmup_steps:
-        return c.momentum
-    return c.momentum_start + step / c.momentum_warmup_steps * (c.momentum - c.momentum_start)
+    return np.interp(step, [0, c.momentum_warmup_steps], [c.momentum_start, c.momentum]).item()
 
 def batch_rows(c: Config, step: int) -> int:
     return stage(c, step)[0] * c.batch_tokens // c.seq_len
@@ -719,8 +710,11 @@ def set_schedules(optimizers: dict, c: Config, step: int) -> None:
 
 def micro_batch_rows(c: Config, share: int, device: torch.device) -> int:
     # How many of a rank's share of rows run at once. --micro_batch 0: 4,096 tokens on a
-    # CPU, for its caches; 16,384 on a GPU, which keep it busy and of small need 17 GiB.
-    most = c.micro_batch or max(1, dict(cpu=4096).get(device.type, 16_384) // c.seq_len)
+    # CPU, for its caches; 49,152 on a GPU, with which small needs 31 GiB, or 16,384.
+    tokens = 4096
+    if device.type == "cuda":
+        tokens = 49_152 if torch.cuda.mem_get_info(device)[1] > 36e9 else 16_384
+    most = c.micro_batch or max(1, tokens // c.seq_len)
     return max(n for n in range(1, share + 1) if share % n == 0 and n <= most)
 
 # ==== 7. Evaluation. Do not edit: it defines the target ===========================
@@ -747,12 +741,6 @@ def state_dict(run) -> dict:
                    seconds=run.seconds, rng=torch.get_rng_state())
     return content | {name: part.state_dict() for name, part in run.saved.items()}
 
-def load_state_dict(run, content: dict) -> None:
-    run.step, run.seconds = content["step"], content["seconds"]
-    torch.set_rng_state(content["rng"])
-    for name, part in run.saved.items():
-        part.load_state_dict(content[name])
-
 def describe(content: dict) -> tuple[list, str]:
     # The place and kind of each value, of a tensor its dtype and shape; a digest of all.
     kinds, digest = [], hashlib.sha256()
@@ -773,16 +761,15 @@ def load_checkpoint(folder: str) -> dict:
     return content
 
 # ==== 9. The run ==================================================================
-def set_up(c: Config, device: torch.device, resumed: dict) -> argparse.Namespace:
+def set_up(c: Config, device: torch.device, resumed: dict):
     # Prepares all that a run needs. Bad input is an error here, before anything trains.
     run = argparse.Namespace(device=device, step=0, seconds=0.0, unread=[], signals=[])
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: run.signals.append(number))
-    sizes = [batch_rows(c, step) for step in range(c.num_steps)]
+    sizes, world = [batch_rows(c, step) for step in range(c.num_steps)], ranks()[1]
     run.starts = np.cumsum([0, *sizes]).tolist()
-    least = math.gcd(*sizes)  # rows, so that all stages run as many at once
-    fits = least % ranks()[1] == 0
-    require(fits, f"--nproc_per_node {ranks()[1]}: give a divisor of {least} rows")
+    fits = math.gcd(*sizes) % world == 0
+    require(fits, f"--nproc_per_node {world}: give a divisor of {math.gcd(*sizes)} rows")
     cut = min(c.document_tokens, c.seq_len) or None
     run.train_rows = Rows("*train_*.bin", c, run.starts[-1], cut)
     run.val_rows = Rows("*val_*.bin", c, c.val_tokens // c.seq_len)
@@ -798,8 +785,9 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> argparse.Namespace
 
     run.config = c = dataclasses.replace(
         c, run_id=gather(c.run_id or new_id)[0], dtype=c.dtype.replace("auto", dtype))
-    run.compiled = c.compile == "on" or (c.compile == "auto" and device.type == "cuda")
-    run.micro_batch = micro_batch_rows(c, least // ranks()[1], device)
+    # {rows of a step: rows of a process at once}; a validation has the fewest.
+    run.at_once = {n: micro_batch_rows(c, n // world, device) for n in sorted(set(sizes))}
+    run.micro_batch = min(run.at_once.values())
     run.folder = Path(c.log_dir, c.run_id)
     taken = gather((run.folder / "log.txt").exists())[0] and not resumed
     require(not taken, f"--run_id {c.run_id}: has run; give another")
@@ -808,15 +796,21 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> argparse.Namespace
         if ranks()[0] == 0:  # the lock ends with the process
             run.lock = open(run.folder / "lock", "w")
             fcntl.lockf(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    set_up_model(run)
+    return run
+
+def set_up_model(run) -> None:
+    c, device = run.config, run.device
     torch.manual_seed(c.seed)
     run.model = run.ddp = GPT(c).initialize().to(device)
     run.attention = choose_attention(c, device)
     run.model.varlen = run.attention == "torch varlen_attn"
     texts = run.train_rows, run.val_rows, run.second or run.val_rows
-    run.model.most_documents = run.micro_batch * max(text.documents for text in texts)
+    run.model.most_documents = max(text.documents for text in texts)
     run.optimizers, run.table = make_optimizers(run.model, c)
     run.saved = dict(model=run.model, **run.optimizers)  # in a checkpoint
     run.validation_loss = validation_loss
+    run.compiled = c.compile == "on" or (c.compile == "auto" and device.type == "cuda")
     if run.compiled:
         # Blocks, not the model: quick to compile. DDP need not split them at its buckets.
         torch._dynamo.config.optimize_ddp = False
@@ -828,7 +822,9 @@ def set_up(c: Config, device: torch.device, resumed: dict) -> argparse.Namespace
         Muon.orthogonalize = staticmethod(torch.compile(orthogonalize, dynamic=False))
     if ranks()[1] > 1:
         run.ddp = nn.parallel.DistributedDataParallel(run.model, gradient_as_bucket_view=True)
-    return run
+        if c.reduce_dtype == "bfloat16":
+            hook = default_hooks.bf16_compress_hook  # by name refused on a CPU
+            run.ddp.register_comm_hook(None, lambda state, bucket: hook(state, bucket))
 
 def log_header(run) -> None:
     c, source = run.config, Path(__file__).read_text(encoding="utf-8")
@@ -842,23 +838,26 @@ source: sha256 {hashlib.sha256(source.encode()).hexdigest()}, git {git}
 versions: python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}
 hardware: {describe_hardware(run.device)}
 kernels: attention {run.attention}; {c.dtype}; torch.compile {run.compiled}
-rows: {np.unique(np.diff(run.starts))} a step, {run.micro_batch} at once{run.table}""")
+rows of a step, and at once: {run.at_once}{run.table}""")
     log(run, f"config: {json.dumps(vars(c))}", console=False)
 
 def prime(run, start: dict) -> None:
     # Compiles, and warms up at each stage, before the clock starts. Leaves no trace.
     c, clock, few = run.config, time.perf_counter(), run.micro_batch * ranks()[1]
-    tokens = run.train_rows.read([0] * 2 * run.micro_batch).to(run.device, torch.int64)
     firsts = {stage(c, step): step for step in reversed(range(c.num_steps))}
     for run.step in [*firsts.values()] * (c.prime_steps or min(1, start["step"])):
-        train_step(run, tokens)
+        rows = [0] * (batch_rows(c, run.step) // ranks()[1])
+        train_step(run, run.train_rows.read(rows).to(run.device, torch.int64))
         evaluate(run, run.val_rows, range(min(run.val_rows.count, few)))
     run.unread.clear()
     if start["step"]:
         fits = describe(start)[0] == describe(state_dict(run))[0]
         fits = fits and 0 <= start["seconds"] and start["step"] <= c.num_steps
         require(fits, f"--resume {c.resume}: not a state of its Config; give another run")
-    load_state_dict(run, start)
+    run.step, run.seconds = start["step"], start["seconds"]
+    torch.set_rng_state(start["rng"])
+    for name, part in run.saved.items():
+        part.load_state_dict(start[name])
     torch._dynamo.utils.counters.clear()  # counts what is compiled from here on
     run.prime_seconds = time.perf_counter() - clock
     log(run, f"priming: {run.prime_seconds:.1f} s")
@@ -876,9 +875,10 @@ def accumulate_gradients(model, tokens, micro_batch: int, window: int = 0):
         total += loss.detach()
     return total
 
-def train_step(run, tokens: torch.Tensor) -> None:
+def train_step(run, tokens):
     c, step = run.config, run.step
-    loss = accumulate_gradients(run.ddp, tokens, run.micro_batch, stage(c, step)[1])
+    size, window = run.at_once[batch_rows(c, step)], stage(c, step)[1]
+    loss = accumulate_gradients(run.ddp, tokens, size, window)
     set_schedules(run.optimizers, c, step)
     for optimizer in run.optimizers.values():
         optimizer.step()

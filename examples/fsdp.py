@@ -270,7 +270,7 @@ def train(run) -> None:
     rows = train_gpt.Rows("*train_*.bin", c, run.starts[-1], cut)
     val_rows = train_gpt.Rows("*val_*.bin", c, c.val_tokens // c.seq_len)
     run.model.varlen = train_gpt.choose_attention(c, run.device) == "torch varlen_attn"
-    run.model.most_documents = run.micro_batch * max(rows.documents, val_rows.documents)
+    run.model.most_documents = max(rows.documents, val_rows.documents)
     run.folder = Path(c.log_dir)
     run.folder.mkdir(parents=True, exist_ok=True)
     mesh = "replicas x shards: {} x {}".format(*run.mesh.shape)

@@ -109,9 +109,12 @@ def test_micro_batch_on_a_cpu(share, micro_batch, expected):
 
 
 @pytest.mark.upstream
-@pytest.mark.parametrize("share, micro_batch, expected", [(16, 0, 2), (8, 0, 2), (2, 0, 2), (1, 0, 1), (16, 5, 4)])
-def test_micro_batch_on_a_gpu(share, micro_batch, expected):
-    """Of small: up to the option, or 16,384 tokens."""
+@pytest.mark.parametrize("share, micro_batch, memory, expected", [
+    (16, 0, 24e9, 2), (6, 0, 24e9, 2), (1, 0, 24e9, 1), (16, 5, 24e9, 4), (6, 0, 40e9, 6), (16, 0, 80e9, 4),
+    (16, 1, 80e9, 1)])
+def test_micro_batch_on_a_gpu(monkeypatch, share, micro_batch, memory, expected):
+    """Of small: up to the option, or 16,384 tokens, of a GPU of 40 GB 49,152."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, memory))
     c = train_gpt.make_config(dict(track="small", micro_batch=micro_batch))
     assert train_gpt.micro_batch_rows(c, share, torch.device("cuda", 0)) == expected
 

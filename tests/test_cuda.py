@@ -34,7 +34,7 @@ def test_attention_over_documents_against_the_mask_in_float64(window):
     works = train_gpt.choose_attention(model.config, torch.device("cuda", 0)) == "torch varlen_attn"
     seen = {"mask": model.seen(tokens, window)}
     if works:
-        model.varlen, model.most_documents = True, 20
+        model.varlen, model.most_documents = True, 7
         seen["bounds"] = model.seen(tokens, window)
     exact = [x.clone().requires_grad_() for x in (q, k, v)]
     right = train_gpt.attend(*exact, 0.12, seen["mask"].double().cpu())

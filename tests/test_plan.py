@@ -14,12 +14,12 @@ from test_runs import log_text
 
 import train_gpt
 
-GPU = plan.Gpu(peak=100e12, bandwidth=1e12, bus=100e9, fraction=0.5)
+GPU = plan.Gpu(memory=24, peak=100e12, bandwidth=1e12, bus=100e9, fraction=0.5)
 # Two rows of 1,024 tokens at once on each of 8 GPUs; the two stages have 2 and 3 steps of 1 and 3 times 16 rows.
 CONFIG = train_gpt.make_config(dict(
     track="small", dtype="bfloat16", seq_len=1024, batch_tokens=16 * 1024, val_tokens=1024, document_tokens=0,
     ngram_dim=0, num_steps=5, stages="1:384 3:1408", num_heads=1, head_dim=100, vocab_size=6400, value_tables=1,
-    num_layers=2))
+    num_layers=2, micro_batch=2))
 WORK = {"aten.mm.default 1000x768 768x768": [10, 5e12, 1e9],      # 0.1 s by its operations
         "aten.mm.out 1000x768 6400x768": [1, 5e12, 1e9],
         "torch_attn._varlen_attn.default 2048 384": [2, 1e12, 1e9],
@@ -33,7 +33,7 @@ WORK = {"aten.mm.default 1000x768 768x768": [10, 5e12, 1e9],      # 0.1 s by its
 PARTS = {"matrices of the blocks": 0.1, "lm_head": 0.1, "attention": 0.02, "loss": 0.1, "between matrices": 0.01,
          "embeddings and sums of gradients": 0.002, "Newton-Schulz": 0.021, "Muon and AdamW": 0.0004,
          "n-gram tables": 0.004}
-COLLECTIVES = {"c10d::allreduce_ float32": [14, 20e9], "c10d::allreduce_ bfloat16": [4, 1e9],
+COLLECTIVES = {"c10d::allreduce_ float32": [14, 20e9], "c10d::_allgather_base_ bfloat16": [4, 2e9],
                "c10d::_allgather_base_ float32": [1, 2e9], "c10d::_allgather_base_ int64": [1, 1e9]}
 RECORD = dict(work=WORK, collectives=COLLECTIVES)
 TRACE = {(1, 384): RECORD, (3, 1408): dict(RECORD, work={name: [x, 3 * y, 3 * z] for name, (x, y, z) in WORK.items()})}
@@ -42,22 +42,31 @@ TRACE = {(1, 384): RECORD, (3, 1408): dict(RECORD, work={name: [x, 3 * y, 3 * z]
 def test_a_step_by_hand():
     """Each kernel by its operations, bytes or calls. Of the collectives, the all-reduce of all but the embedding and
     the value table hides behind two thirds of the last micro-batch."""
-    assert plan.rows_at_once(CONFIG, 8) == 2
     ring = 7 / 8 / 100e9
     tables = 2 * 4 * 6400 * 100
     assert plan.step_seconds((1, 384), RECORD, GPU, CONFIG, 8) == pytest.approx(PARTS | {
-        "collectives that nothing hides": 2 * 20e9 * ring - 2 / 3 * 0.332 + (2 * 1e9 + 2e9 + 1e9) * ring})
+        "collectives that nothing hides": 2 * 20e9 * ring - 2 / 3 * 0.332 + (2e9 + 2e9 + 1e9) * ring})
     # Three micro-batches of as much: no more is hidden.
     parts = plan.step_seconds((3, 1408), TRACE[3, 1408], GPU, CONFIG, 8)
     assert parts["attention"] == pytest.approx(3 * 0.02)
     assert parts["collectives that nothing hides"] == pytest.approx(
-        2 * 20e9 * ring - 2 / 3 * 0.332 + (2 * 1e9 + 2e9 + 1e9) * ring)
+        2 * 20e9 * ring - 2 / 3 * 0.332 + (2e9 + 2e9 + 1e9) * ring)
     # The tables' is not hidden, however long the backward is.
     short = dict(RECORD, collectives={"c10d::allreduce_ float32": [1, tables + 1000]})
     parts = plan.step_seconds((1, 384), short, GPU, CONFIG, 8)
     assert parts["collectives that nothing hides"] == pytest.approx(2 * tables * ring)
+    short = dict(RECORD, collectives={"c10d::allreduce_ bfloat16": [1, tables / 2 + 1000]})
+    parts = plan.step_seconds((1, 384), short, GPU, replace(CONFIG, reduce_dtype="bfloat16"), 8)
+    assert parts["collectives that nothing hides"] == pytest.approx(tables * ring)
     parts = plan.step_seconds((1, 384), dict(RECORD, collectives={}), GPU, CONFIG, 1)
     assert parts["collectives that nothing hides"] == 0
+
+
+def test_the_rows_at_once():
+    """Those of the trainer, by its own rule, for a GPU that is not there."""
+    small = train_gpt.make_config(dict(track="small"))
+    assert [plan.rows_at_once(small, 8, memory) for memory in (24, 40, 80)] == [(2, 2, 2), (2, 4, 6), (2, 4, 6)]
+    assert plan.rows_at_once(replace(small, micro_batch=1), 8, 80) == (1, 1, 1)
 
 
 def test_a_run_of_two_stages():

@@ -299,6 +299,9 @@ def test_every_source_of_a_record_runs_under_this_torch(path, again, text):
     run = runs.find_runs([path])[0][0]
     config, steps = run.config, 151 if "run.mean" in run.source else 3     # two average the last 60 or 150 steps
     length = config["seq_len"]
+    if "data" not in config:     # of the sources that had a pattern for each kind of shards
+        text = ["--train_files", f"{text[1]}/*train_*.bin", "--val_files", f"{text[1]}/*val_*.bin"]
+        text += ["--second_files", ""] if "second_files" in config else []
     options = ["--num_steps", steps, "--warmup_steps", 0, "--val_every", 0, "--vocab_size", 257,
                "--batch_tokens", 4 * length, "--val_tokens", 1499 // length * length]
     status, out = again(path, "--run", "--yes", "--nproc", 1, "--", *options, *text)

@@ -185,7 +185,7 @@ def test_a_running_trainer_on_a_terminal(text, tmp_path):
     terminal, end = pty.openpty()
     logs = ["--log_dir", tmp_path / "logs"]
     watching = subprocess.Popen([sys.executable, ROOT / "tools/watch.py", logs[1]], stdout=end)
-    trainer = subprocess.Popen(command("tiny", *STEPS, "--num_steps", 120, "--val_every", 0, *text, *logs),
+    trainer = subprocess.Popen(command("tiny", *STEPS, "--num_steps", 600, "--val_every", 0, *text, *logs),
                                stdout=subprocess.DEVNULL, env=environment())
     seen, last = b"", time.monotonic() + 80
     while b"finished" not in seen and time.monotonic() < last:

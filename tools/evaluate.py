@@ -43,7 +43,7 @@ def make_run(model: train_gpt.GPT, c: train_gpt.Config, text: train_gpt.Rows) ->
     device = model.lm_head.weight.device
     size = train_gpt.micro_batch_rows(c, 2**20, device)     # the last rows may be fewer
     model.varlen = train_gpt.choose_attention(c, device) == "torch varlen_attn"
-    model.most_documents = size * text.documents
+    model.most_documents = text.documents
     return SimpleNamespace(model=model, config=c, device=device, micro_batch=size,
                            validation_loss=train_gpt.validation_loss)
 

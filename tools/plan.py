@@ -16,12 +16,12 @@ needed.
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import torch
 from matplotlib.figure import Figure
@@ -40,8 +40,9 @@ BANDWIDTH_FRACTION, SHORTEST = 0.85, 4e-6       # of a GPU's bandwidth; seconds 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak without sparsity and bandwidth are of the makers' data sheets; the bus is assumed, as NCCL reports
+    """Memory, peak without sparsity and bandwidth are of the makers' data sheets; the bus is assumed, as NCCL reports
     such figures (all-reduce on 8 GPUs: NVLink, or PCIe 4.0 for the RTX cards)."""
+    memory: int         # 10^9 bytes
     peak: float         # FLOP/s in bfloat16 with float32 sums
     bandwidth: float    # bytes/s
     bus: float          # bytes/s of an all-reduce
@@ -49,11 +50,11 @@ class Gpu:
 
 
 GPUS = {
-    "A100 40GB": Gpu(312e12, 1555e9, 230e9, 0.604),
-    "A100 80GB": Gpu(312e12, 2039e9, 230e9, 0.604),
-    "H100": Gpu(989e12, 3350e9, 360e9, 0.529),
-    "RTX 4090": Gpu(165e12, 1008e9, 12e9, 0.604),
-    "RTX 3090": Gpu(71e12, 936e9, 12e9, 0.604)}
+    "A100 40GB": Gpu(40, 312e12, 1555e9, 230e9, 0.604),
+    "A100 80GB": Gpu(80, 312e12, 2039e9, 230e9, 0.604),
+    "H100": Gpu(80, 989e12, 3350e9, 360e9, 0.529),
+    "RTX 4090": Gpu(24, 165e12, 1008e9, 12e9, 0.604),
+    "RTX 3090": Gpu(24, 71e12, 936e9, 12e9, 0.604)}
 # Seconds of a step of 524,288 tokens on 8 GPUs of this model's shapes, as published by modded-nanogpt: records 8 to 11
 # of track 1, and a run on 8xA100-SXM4-80GB of its track 3 (2026-05-22).
 FITTED = {"H100": ("record 8", 0.1419), "A100 80GB": ("track 3, 8xA100", 0.348)}
@@ -68,13 +69,13 @@ def stages_of(c: train_gpt.Config) -> Counter:
     return Counter(train_gpt.stage(c, step) for step in range(c.num_steps))
 
 
-def trace(arguments: list[str], c: train_gpt.Config, ranks: int) -> dict[tuple, dict]:
+def trace(arguments: list[str], c: train_gpt.Config, ranks: int, memory: int) -> dict[tuple, dict]:
     """What the second step of each stage does on rank 0 of `ranks`, by tests/fake_gpu/run.py: {stage: record}."""
     if missing():
         sys.exit(f"plan.py: {missing()}")
     short = dict(num_steps=2 * len(c.stages.split()), val_tokens=c.seq_len, val_every=0)
     options = short | dict(prime_steps=1, save_every=0)
-    command = [sys.executable, ROOT / "tests/fake_gpu/run.py", "--ranks", str(ranks), *arguments]
+    command = [sys.executable, ROOT / "tests/fake_gpu/run.py", f"--ranks={ranks}", f"--memory={memory}", *arguments]
     result = subprocess.run([*command, *(f"--{name}={value}" for name, value in options.items())],
                             capture_output=True, text=True)
     report = json.loads(result.stdout.strip().rpartition("\n")[2]) if result.returncode in (0, 1) else {}
@@ -99,9 +100,11 @@ def part_of(kernel: str, vocab_size: int) -> str:
     return "embeddings and sums of gradients"
 
 
-def rows_at_once(c: train_gpt.Config, ranks: int) -> int:
-    share = math.gcd(*(train_gpt.batch_rows(c, step) for step in range(c.num_steps))) // ranks
-    return train_gpt.micro_batch_rows(c, share, torch.device("cuda"))
+def rows_at_once(c: train_gpt.Config, ranks: int, memory: int) -> tuple:
+    """Of each stage, on a GPU of so many 10^9 bytes."""
+    with patch.object(torch.cuda, "mem_get_info", lambda device: (0, 1e9 * memory)):
+        return tuple(train_gpt.micro_batch_rows(c, factor * c.batch_tokens // c.seq_len // ranks, torch.device("cuda"))
+                     for factor, _ in stages_of(c))
 
 
 def planned_bytes(c: train_gpt.Config, rows: int) -> float:
@@ -129,10 +132,12 @@ def step_seconds(stage: tuple, record: dict, gpu: Gpu, c: train_gpt.Config, rank
         return (ranks - 1) / ranks / gpu.bus * sum(
             size * (2 if "allreduce" in kind else 1) for kind, (_, size) in record["collectives"].items()
             if all(word in kind for word in words))
-    gradients = moved("allreduce", "float32")
-    tables = 4 * (1 + c.value_tables) * c.padded_vocab_size * c.model_dim     # bytes: whole when the backward ends
+    gradients = moved("allreduce")
+    tables = (1 + c.value_tables) * c.padded_vocab_size * c.model_dim     # whole when the backward ends
+    tables *= getattr(torch, c.reduce_dtype).itemsize
     late = min(gradients, 2 * tables * (ranks - 1) / ranks / gpu.bus)
-    micro_batches = stage[0] * c.batch_tokens / c.seq_len / ranks / rows_at_once(c, ranks)
+    rows = dict(zip(stages_of(c), rows_at_once(c, ranks, gpu.memory), strict=True))[stage]
+    micro_batches = stage[0] * c.batch_tokens / c.seq_len / ranks / rows
     hidden = 2 / 3 * sum(parts[part] for part in FORWARD_AND_BACKWARD) / micro_batches
     return parts | {PARTS[-1]: max(0, gradients - late - hidden) + late + moved() - gradients}
 
@@ -146,11 +151,11 @@ def project(records: dict, gpu: Gpu, c: train_gpt.Config, ranks: int) -> dict:
         stages.append(sum(of_stage.values()))
         for part, seconds in of_stage.items():
             parts[part] += count / c.num_steps * seconds
-    rows, seconds = rows_at_once(c, ranks), sum(parts.values())
+    rows, seconds = rows_at_once(c, ranks, gpu.memory), sum(parts.values())
     whole = seconds * c.num_steps
     operations = sum(count * operations_of(records[stage]) for stage, count in steps.items())
     return dict(parts=parts, seconds=seconds, stages=stages, whole=whole, rows=rows, tokens=tokens_of(c) / whole,
-                memory=planned_bytes(c, rows), mfu=operations / whole / gpu.peak)
+                memory=planned_bytes(c, max(rows)), mfu=operations / whole / gpu.peak)
 
 
 def operations_of(record: dict) -> float:
@@ -188,13 +193,14 @@ def calibrate(records: dict, c: train_gpt.Config) -> None:
               f"{100 * (seconds / published - 1):+8.1f}%")
 
 
-def show(rows: dict[tuple, dict], traces: dict[int, dict], c: train_gpt.Config) -> None:
+def show(rows: dict[tuple, dict], traces: dict[tuple, dict], c: train_gpt.Config) -> None:
     print(f"{c.track}, {c.num_steps:,} steps of {tokens_of(c) / c.num_steps:,.0f} tokens on average; all figures are "
           "projected")
-    most = max(traces)
+    kind = max(traces)
+    most, records = kind[0], traces[kind]
     for stage, count in stages_of(c).items():
-        reduced = sum(size for _, size in traces[most][stage]["collectives"].values())
-        operations = most * operations_of(traces[most][stage]) / stage[0] / c.batch_tokens
+        reduced = sum(size for _, size in records[stage]["collectives"].values())
+        operations = most * operations_of(records[stage]) / stage[0] / c.batch_tokens
         print(f"  {count:,} steps of {stage[0] * c.batch_tokens:,} tokens, window {stage[1] or 'all'}: "
               f"{1e-6 * operations:,.0f} million operations a token, {1e-6 * reduced:,.0f} MB in collectives a step")
     print("\nGPUs            rows at once   memory, GiB   ms a step: stages, mean         tokens/s    MFU   to the end")
@@ -202,7 +208,8 @@ def show(rows: dict[tuple, dict], traces: dict[int, dict], c: train_gpt.Config) 
         minutes = row["whole"] / 60
         end = f"{minutes:9.1f} min" if minutes < 120 else f"{minutes / 60:9.1f} h"
         stages = "/".join(f"{1e3 * seconds:.0f}" for seconds in row["stages"])
-        print(f"{n} x {name:12}{row['rows']:8}{row['memory'] / 2**30:16.1f}{stages:>22}{1e3 * row['seconds']:10.1f}"
+        at_once = "/".join(map(str, row["rows"]))
+        print(f"{n} x {name:12}{at_once:>10}{row['memory'] / 2**30:14.1f}{stages:>22}{1e3 * row['seconds']:10.1f}"
               f"{row['tokens']:17,.0f}{100 * row['mfu']:6.0f}%{end}")
     columns = [key for key in rows if key[0] == most]
     print("\nms of a mean step" + " " * 18 + "".join(f"{f'{n} x {name}':>15}" for n, name in columns))
@@ -245,12 +252,16 @@ def main() -> None:
     if not chosen:
         sys.exit(f"plan.py: --gpu {options.gpu}: give one of {', '.join(GPUS)}")
     counts = [8] if options.calibrate else [n for n in (1, 8) if train_gpt.batch_rows(c, 0) % n == 0]
+    # A trace for each number of GPUs and of rows at once.
+    kinds = {(n, rows_at_once(c, n, gpu.memory)): (n, gpu.memory) for gpu in chosen.values() for n in counts}
     with ThreadPoolExecutor(2) as pool:
-        traces = dict(zip(counts, pool.map(lambda ranks: trace(arguments, c, ranks), counts), strict=True))
+        records = pool.map(lambda kind: trace(arguments, c, *kind), kinds.values())
+        traces = dict(zip(kinds, records, strict=True))
     if options.calibrate:
-        return calibrate(traces[8], c)
+        return calibrate(*traces.values(), c)
 
-    rows = {(n, name): project(traces[n], gpu, c, n) for name, gpu in chosen.items() for n in counts}
+    rows = {(n, name): project(traces[n, rows_at_once(c, n, gpu.memory)], gpu, c, n)
+            for name, gpu in chosen.items() for n in counts}
     show(rows, traces, c)
     if options.png:
         draw({f"{n} x {name}": row for (n, name), row in rows.items() if n == counts[-1]}, options.png)

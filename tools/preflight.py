@@ -180,7 +180,8 @@ def main() -> None:
     plan, why = None, missing() if gpu else f"tools/plan.py knows {', '.join(GPUS)}"
     if not why:
         shortened = replace(c, dtype="bfloat16", **short)
-        plan = project(trace(arguments + as_options(short), shortened, processes), gpu, shortened, processes)
+        plan = project(trace(arguments + as_options(short), shortened, processes, gpu.memory), gpu, shortened,
+                       processes)
 
     fields = as_options(short | own)
     if subprocess.run(launch(processes, str(ROOT / "train_gpt.py"), *arguments, *fields)).returncode:

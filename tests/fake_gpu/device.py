@@ -19,7 +19,6 @@ from types import SimpleNamespace
 # By compute capability: name, multiprocessors, shared memory of a block and of a multiprocessor in bytes.
 GPUS = {"8.0": ("NVIDIA A100-SXM4-80GB", 108, 166_912, 167_936),
         "9.0": ("NVIDIA H100 80GB HBM3", 132, 232_448, 233_472)}
-MEMORY = 85_029_158_912     # bytes, of both
 DEVICES = 8
 RECORDER = None             # of the program that runs
 
@@ -48,11 +47,11 @@ def load_hooks() -> None:
     hooks.replace_guard()
 
 
-def install(capability: str) -> None:
+def install(capability: str, memory: int) -> None:
     name, processors, block, multiprocessor = GPUS[capability]
     major, minor = map(int, capability.split("."))
     properties = SimpleNamespace(
-        name=name, major=major, minor=minor, total_memory=MEMORY, multi_processor_count=processors,
+        name=name, major=major, minor=minor, total_memory=memory, multi_processor_count=processors,
         regs_per_multiprocessor=65_536, max_threads_per_multi_processor=2048, max_threads_per_block=1024, warp_size=32,
         shared_memory_per_block=49_152, shared_memory_per_block_optin=block,
         shared_memory_per_multiprocessor=multiprocessor, L2_cache_size=40 * 2**20, gcnArchName="", uuid="fake")
@@ -71,8 +70,8 @@ def replace_cuda(properties: SimpleNamespace) -> None:
     for name, value in dict(
             is_available=True, device_count=DEVICES, current_device=0, set_device=None, get_device_name=properties.name,
             get_device_capability=capability, get_device_properties=properties, is_bf16_supported=True,
-            mem_get_info=(MEMORY, MEMORY), is_current_stream_capturing=False, _lazy_init=None, _exchange_device=0,
-            _maybe_exchange_device=0, manual_seed_all=None, manual_seed=None).items():
+            mem_get_info=(properties.total_memory,) * 2, is_current_stream_capturing=False, _lazy_init=None,
+            _exchange_device=0, _maybe_exchange_device=0, manual_seed_all=None, manual_seed=None).items():
         setattr(torch.cuda, name, always(value))
     torch.cuda.get_rng_state = lambda *args: torch.empty(0)
     torch.cuda.set_rng_state = always(None)

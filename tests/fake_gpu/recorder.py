@@ -90,6 +90,7 @@ class Recorder(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         device.RECORDER, self.program = self, program
         self.done = collections.deque(maxlen=1000)     # torch keeps no reference
+        self.at_once = {}       # rows of a step: those of a process at once
         self.live, self.logits, self.storages, self.kernels = 0, 0, {}, {}
         self.start()
 
@@ -107,7 +108,7 @@ class Recorder(FakeTensorMode):
                                collectives=collections.defaultdict(lambda: [0, 0])))
 
     def report(self) -> dict:
-        names = ("peak", "live", "logits", "largest_float32", "kernels", "steps", "synchronisations")
+        names = ("peak", "live", "at_once", "logits", "largest_float32", "kernels", "steps", "synchronisations")
         return {name: getattr(self, name) for name in names} | dict(
             missing=sorted(self.missing), graphs=counters["stats"]["unique_graphs"] - self.graphs)
 

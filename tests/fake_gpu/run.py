@@ -1,6 +1,7 @@
 """Run train_gpt.py on a fake GPU and say what would go wrong on a real one, on any Linux x86-64 machine with g++.
 
-    python tests/fake_gpu/run.py [--capability 8.0] [--ranks 8] [--fault NAME] TRACK [--field value ...]
+    python tests/fake_gpu/run.py [--capability 8.0] [--memory 85] [--ranks 8] [--fault NAME]
+        TRACK [--field value ...]
 
 The log is that of a real run, but for its losses: tensors have no numbers. Priming, which compiles, is not counted.
 The last line is the report, as JSON. --fault plants some of faults.py. Exit status: 1 if there is a problem.
@@ -59,6 +60,7 @@ def replace_in_trainer(recorder: Recorder) -> None:
         prime(run, start)
         recorder.start()
         recorder.logits = 4 * run.micro_batch * run.config.seq_len * run.config.padded_vocab_size     # bytes in float32
+        recorder.at_once = run.at_once
     train_gpt.prime = prime_and_start
 
     step = train_gpt.train_step
@@ -116,11 +118,11 @@ def problems(report: dict) -> list[str]:
     return found
 
 
-def run_rank(capability: str, planted: list[str], arguments: list[str], rank: int) -> dict:
-    device.install(capability)
+def run_rank(options, arguments: list[str], rank: int) -> dict:
+    device.install(options.capability, int(1e9 * options.memory))
     with Recorder(train_gpt.__file__) as recorder:
         replace_in_trainer(recorder)
-        for name in planted:
+        for name in options.fault:
             faults.FAULTS[name]()
         try:
             status = train_gpt.main(arguments if rank == 0 else [*arguments, *OTHERS])
@@ -129,22 +131,22 @@ def run_rank(capability: str, planted: list[str], arguments: list[str], rank: in
         return recorder.report() | dict(status=status)
 
 
-def run(capability: str, ranks: int, planted: list[str], arguments: list[str]) -> dict:
+def run(options, arguments: list[str]) -> dict:
     """Rank 0 compiles; the others, whose collectives it would wait for, run the same program as it is."""
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
-    if ranks > 1:
-        os.environ.update(WORLD_SIZE=str(ranks), MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK="0")
+    if options.ranks > 1:
+        os.environ.update(WORLD_SIZE=str(options.ranks), MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK="0")
     children = []
-    for rank in range(1, ranks):
+    for rank in range(1, options.ranks):
         child = os.fork()
         if child == 0:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            run_rank(capability, planted, arguments, rank)
+            run_rank(options, arguments, rank)
             os._exit(0)
         children.append(child)
-    report = run_rank(capability, planted, arguments, 0)
+    report = run_rank(options, arguments, 0)
     for child in children:
         os.waitpid(child, 0)
     return report
@@ -153,6 +155,7 @@ def run(capability: str, ranks: int, planted: list[str], arguments: list[str]) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", choices=device.GPUS, default="8.0")
+    parser.add_argument("--memory", type=float, default=85, help="of the GPU, in 10^9 bytes")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--fault", choices=faults.FAULTS, action="append", default=[])
     options, arguments = parser.parse_known_args()
@@ -165,7 +168,7 @@ def main() -> None:
             with ShardWriter(Path(folder) / f"{name}_000000.bin", c.vocab_size) as shard:
                 shard.write(np.where(np.arange(tokens + 1) % 500, 0, c.vocab_size - 1).astype("<u2"))     # documents
         arguments += ["--data", folder, "--log_dir", f"{folder}/logs"]
-        report = run(options.capability, options.ranks, options.fault, arguments)
+        report = run(options, arguments)
     report["problems"] = problems(report)
     print(json.dumps(report), flush=True)
     os._exit(bool(report["problems"]))

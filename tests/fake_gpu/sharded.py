@@ -66,7 +66,7 @@ def main() -> None:
         for name in ("train", "val"):
             with ShardWriter(Path(folder) / f"{name}_000000.bin", 50257) as shard:
                 shard.write(np.where(np.arange(2_000_001) % 500, 0, 50256).astype("<u2"))     # documents
-        device.install(options.capability)
+        device.install(options.capability, 85 * 10**9)
         with Recorder(fsdp.__file__) as recorder:
             replace_in_example(recorder, options.ranks)
             status = fsdp.main([*arguments, "--data", folder, "--log_dir", f"{folder}/logs"])
