@@ -92,6 +92,7 @@ until wait $trainer && status=0 || status=$?; ! kill -0 $trainer 2>/dev/null; do
 [ "$status" = 0 ] || exit "$status"
 [ "${NODE_RANK:-0}" = 0 ] || exit 0     # the first node has the run's folder
 run=${run:-$(ls -td "$log_dir"/*/ | head -n 1)}     # a run without a name is the newest
+trap 'echo "run.sh: stopped; the run itself is complete: $run" >&2; exit 130' INT
 "$python" tools/plot.py "$run" || echo "run.sh: the run is complete, but its plot could not be drawn" >&2
 grep -qs "^checkpoint: .* at step $steps/" "$run/log.txt" || exit 0
 echo "what it writes (more: python tools/sample.py $run --interactive):"

@@ -67,7 +67,7 @@ run_part() {
         small) prepare && train small "${@:2}" ;;
         sizes)
             prepare || return
-            for rows in 1 4; do train "micro_batch_$rows" --micro_batch $rows || failed=1; done
+            for rows in 2 8; do train "micro_batch_$rows" --micro_batch $rows || failed=1; done
             train eager --compile off || failed=1
             return $failed ;;
         preflight) prepare && part preflight "$python" tools/preflight.py --processes "$gpus" small "${text[@]}" ;;

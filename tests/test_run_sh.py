@@ -124,6 +124,21 @@ def test_a_new_track_is_one_entry_and_signals_save(clone):
     assert sorted(step for kind, step in losses(log.parent) if kind == "train") == list(range(1, 81))
 
 
+def test_ctrl_c_in_the_plotting_loses_nothing(clone):
+    arguments, log = ["mine", *SMALL, "--run_id", "r"], clone / "logs/r/log.txt"
+    (clone / "tools/plot.py").write_text("import pathlib, sys, time\npathlib.Path(sys.argv[1], 'begun').touch()\n"
+                                         "time.sleep(60)\n")
+    process = start(clone, *arguments, PYTHON=sys.executable)
+    wait_for(log.with_name("begun"), "")
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert process.stderr.read().endswith("run.sh: stopped; the run itself is complete: logs/r\n")
+    before = losses(log.parent)
+    shutil.copy(ROOT / "tools/plot.py", clone / "tools")
+    status, output, errors = result(clone, "--resume", "logs/r", PYTHON=sys.executable)
+    assert status == 0 and losses(log.parent) == before and (clone / "logs/r/loss.png").exists(), errors
+
+
 def test_a_clone_without_the_pins_makes_venv_once(clone):
     """Where there is no Python, one that is too old, one without the pins, one that has them; and no such pins."""
     real, version = os.path.realpath(sys.executable), metadata.version("packaging")

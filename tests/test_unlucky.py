@@ -198,26 +198,42 @@ def test_data_are_those_here_or_beside_the_trainer(tmp_path, monkeypatch):
     assert c.folder == tmp_path / "there" / c.data
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which takes root")
-def test_an_ordinary_user_without_a_home_or_permission(text, tmp_path):
-    shutil.copytree(text[1], tmp_path / "data")
-    for folder in [tmp_path, *tmp_path.parents]:
-        if folder.is_relative_to("/tmp") and folder != Path("/tmp"):
-            folder.chmod(0o755)
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own").chmod(0o777)
+# Root without what lets it write where it has no permission; anybody else is an ordinary user.
+ORDINARY = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+
+
+@pytest.mark.skipif(bool(ORDINARY) and not shutil.which("setpriv"), reason="root needs setpriv to be an ordinary user")
+@pytest.mark.parametrize("log_dir, message", [
+    ("own", None), ("closed/logs", "closed/logs/r: Permission denied"), ("logs", "error: logs/r: Permission denied")])
+def test_an_ordinary_user_without_a_home_in_a_read_only_repository(text, whole, tmp_path, log_dir, message):
+    """It is also where it runs, so that `logs` would be in it."""
+    (own := tmp_path / "own").mkdir()
+    (closed := tmp_path / "closed").mkdir()
+    shutil.copy(ROOT / "train_gpt.py", closed)
+    closed.chmod(0o555)
+    given = ["--log_dir", log_dir if log_dir == "logs" else tmp_path / log_dir]
     variables = {name: value for name, value in environment().items() if name != "HOME"}
-    for log_dir, status in ((tmp_path / "logs", 2), (tmp_path / "own", 0)):
-        options = ["tiny", *RUN, "--data", tmp_path / "data", "--log_dir", log_dir]
-        try:
-            result = subprocess.run(command(*options), capture_output=True, text=True, env=variables, user=65534,
-                                    cwd="/")
-        except PermissionError:
-            pytest.skip("another user may not run this interpreter")
-        assert result.returncode == status, result.stderr
-        if status:
-            one_line(result.stderr, f"{log_dir}/r: Permission denied", "--log_dir")
+    program = [*ORDINARY, sys.executable, closed / "train_gpt.py", "tiny", *map(str, [*RUN, *text, *given])]
+    result = subprocess.run(program, capture_output=True, text=True, env=variables, cwd=closed)
+    if message:
+        assert result.returncode == 2
+        one_line(result.stderr, message, "give another --log_dir")
+    else:
+        assert result.returncode == 0 and losses(own / "r") == losses(whole), result.stderr
+
+
+def test_a_clock_that_goes_back(text, whole, tmp_path, monkeypatch):
+    """Two runs that begin in the same second have folders of their own, and no time is negative."""
+    now = iter(range(10**9, 0, -3600))
+    monkeypatch.setattr(train_gpt.time, "time", lambda: float(next(now)))
+    monkeypatch.setattr(train_gpt.time, "strftime", lambda *_: "20010909-014640")
+    for _ in range(2):
+        assert train("tiny", *RUN, *text, "--log_dir", tmp_path, "--run_id", "") == 0
+    first, second = tmp_path.iterdir()
+    for folder in (first, second):
+        assert losses(folder) == losses(whole)
+        times = re.findall(r"train_time:(\S+)ms", (folder / "log.txt").read_text())
+        assert sorted(times, key=int) == times and int(times[0]) > 0
 
 
 SIGNALS = """

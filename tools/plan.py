@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Projects a run of train_gpt.py on GPUs that need not be there: time, memory, and where a step goes.
 
-    python tools/plan.py small                          # a table: 1 and 8 of each GPU; one to two minutes
+    python tools/plan.py small                          # a table: 1 and 8 of each GPU; five minutes
     python tools/plan.py small --gpu 3090 --num_steps 2000     # one GPU; any options of train_gpt.py
     python tools/plan.py small --png plan.png           # and a picture of where a step on 8 of each goes
     python tools/plan.py small --calibrate              # the fractions in GPUS, from published steps, and the errors
