@@ -77,7 +77,7 @@ class Config:
     windows: str = "SSSL"  # of layers in turn: L is a stage's, S half of it
     mixing: str = "on"  # each block's input: a sum with the embedding
     value_tables: int = 3  # of as many first and last layers (0: off)
-    ngram_rows: int = 2**20  # of the table of each n (0: off)
+    ngram_rows: int = 2**20  # of each n's table (0: off)
     ngram_max: int = 3  # n from 2 on
     ngram_dim: int = 192  # channels (0: all)
     attention_scale: float = 0.12  # factor of q . k
@@ -88,7 +88,7 @@ class Config:
     micro_batch: int = 0  # most rows at once (0: auto)
     reduce_dtype: str = "float32"  # of gradients between ranks
     # Optimizers. The rates of other parameters are ratios to lr.
-    lr: float = 0.0023  # of lm_head
+    lr: float = 0.0023  # learning rate of lm_head
     embed_lr_ratio: float = 260.0  # of embeddings
     mixing_lr_ratio: float = 15.0
     matrix_lr_ratio: float = 0.0  # of matrices (0: update_scale's)
@@ -808,7 +808,7 @@ def set_up_model(run) -> None:
     texts = run.train_rows, run.val_rows, run.second or run.val_rows
     run.model.most_documents = max(text.documents for text in texts)
     run.optimizers, run.table = make_optimizers(run.model, c)
-    run.saved = dict(model=run.model, **run.optimizers)  # in a checkpoint
+    run.saved = dict(model=run.model, **run.optimizers)
     run.validation_loss = validation_loss
     run.compiled = c.compile == "on" or (c.compile == "auto" and device.type == "cuda")
     if run.compiled:

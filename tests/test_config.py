@@ -78,7 +78,8 @@ def test_schedules():
     assert all(a > b for a, b in zip(lr[60:], lr[61:], strict=False))
     momentum = [train_gpt.muon_momentum(c, step) for step in range(100)]
     assert momentum[0] == 0.8 and momentum[25] == pytest.approx(0.85) and set(momentum[50:]) == {0.9}
-    c = train_gpt.make_config(dict(track="tiny", num_steps=10, cooldown_steps=150))
+    c = train_gpt.make_config(dict(track="tiny", num_steps=10, cooldown_steps=150, momentum_warmup_steps=0))
+    assert [train_gpt.muon_momentum(c, step) for step in (0, 5)] == [0.95, 0.95]
     assert [train_gpt.lr_multiplier(c, step) for step in (0, 5, 9)] == pytest.approx([1.0, 0.5, 0.1])
 
 
