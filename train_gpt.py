@@ -368,7 +368,7 @@ def attend(q_BTHK, k_BTHK, v_BTHK, scale: float, seen):
 
     q, k, v = q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BTHK.transpose(1, 2)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # torch's is slower
-        y = (q @ k.mT * scale + seen).softmax(-1) @ v
+        y = torch.add(seen, q @ k.mT, alpha=scale).softmax(-1) @ v
     else:
         y = F.scaled_dot_product_attention(q, k, v, seen, scale=scale)
     return y.transpose(1, 2)
