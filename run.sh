@@ -65,7 +65,8 @@ eval "$plan"
 
 [ -z "$prepare" ] || "$python" $prepare     # a program with its options
 checked=$("$python" data/shards.py verify "$data/*train_*.bin" "$data/*val_*.bin") ||
-    { grep -v ': good: ' <<<"$checked" >&2; exit 1; }
+    { grep -v ': good: ' <<<"$checked" >&2
+      echo "run.sh: $data: give another --data, or move what is bad away and run this again" >&2; exit 1; }
 
 processes=${NPROC_PER_NODE:-$processes} rendezvous=--standalone
 [ -z "$preflight" ] || exec "$python" tools/preflight.py --processes "$processes" ${chosen:+"$chosen"} "$@"

@@ -91,7 +91,8 @@ TINY, SMALL_8 = steps("tiny", "train_gpt.py tiny"), steps("small", TORCHRUN + "8
     ("--resume logs/new", EIGHT, 0, [
         verify("t  t"), TORCHRUN + "8 train_gpt.py --resume logs/new", "tools/plot.py logs/new",
         "tools/sample.py logs/new --tokens 100"]),
-    ("tiny", dict(FAILS="verify"), 1, [*TINY[:2], "bad: y"]),
+    ("tiny", dict(FAILS="verify"), 1, [
+        *TINY[:2], "bad: y", "run.sh: data/tiny: give another --data, or move what is bad away and run this again"]),
     ("tiny", dict(FAILS="train_gpt"), 3, TINY[:-2]),
     ("large", {}, 1, ["error: track large: give small or lab or tiny or mine"]),
     ("tiny --help", {}, 0, ["train_gpt.py --help"]),
