@@ -84,8 +84,11 @@ if [ "${NNODES:-1}" != 1 ]; then
 fi
 launch=("$python" -m torch.distributed.run $rendezvous --nproc_per_node="$processes")
 [ "$processes" != 1 ] || [ "${NNODES:-1}" != 1 ] || launch=("$python")
-# Idle OpenMP threads sleep soon, and leave the cores to others.
-GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000} "${launch[@]}" train_gpt.py ${chosen:+"$chosen"} "$@" $save &
+# Idle OpenMP threads sleep soon, and leave the cores to others. Freed memory stays with the process, which would
+# otherwise give it back and fault it in again many times a second (glibc).
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-1000000000}
+export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-33554432}     # the largest that glibc takes
+"${launch[@]}" train_gpt.py ${chosen:+"$chosen"} "$@" $save &
 trainer=$!
 trap 'kill -TERM $trainer' TERM     # the terminal sends Ctrl-C to the trainer itself; either way it saves and stops
 trap : INT

@@ -16,7 +16,8 @@ for name, value in zip(sys.argv[2::2], sys.argv[3::2], strict=True):
 folder, control = Path(c["log_dir"], c["run_id"]), Path(c["control"])
 assert os.listdir(folder) == ["console.txt"]     # nothing of another run
 with open(folder.parent / "calls.txt", "a") as calls:
-    print(c["run_id"], os.getpid(), os.environ.get("OMP_NUM_THREADS"), os.environ["GOMP_SPINCOUNT"], file=calls)
+    print(c["run_id"], os.getpid(), os.environ.get("OMP_NUM_THREADS"), os.environ["GOMP_SPINCOUNT"],
+          os.environ["MALLOC_TRIM_THRESHOLD_"], os.environ["MALLOC_MMAP_THRESHOLD_"], file=calls)
 print(*range(20), sep="\n", flush=True)
 if f"{c['run_id']} crash" in control.read_text():
     sys.exit("ValueError: \x1b[2Ja crash asked for")

@@ -27,8 +27,9 @@ def start(tmp_path, monkeypatch, capsys):
     """Runs ab.py in this process, with that trainer; returns (status, or text of the error, and what it printed)."""
     (tmp_path / "trainer.py").write_text(TRAINER)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
-    monkeypatch.setenv("GOMP_SPINCOUNT", "")     # so that what ab.py sets is deleted after the test
-    monkeypatch.delenv("GOMP_SPINCOUNT")
+    for name in ab.AS_RUN_SH:
+        monkeypatch.setenv(name, "")     # so that what ab.py sets is deleted after the test
+        monkeypatch.delenv(name)
 
     def start(*arguments, out=tmp_path / "out"):
         options = ["--metric", "final_loss", "--baseline", f"{tmp_path}/trainer.py", *arguments]
@@ -57,7 +58,8 @@ def test_order_verdicts_and_a_second_start(start, tmp_path, monkeypatch, capsys)
     assert status == 0 and calls(out) == plan["runs"] == order
     assert (plan["metric"], plan["alpha"], plan["alpha_each"], plan["seeds"]) == ("final_loss", 0.05, 0.025, [7, 3, 5])
     _, processes, *variables = zip(*map(str.split, (out / "calls.txt").read_text().splitlines()), strict=True)
-    assert len({*processes}) == 9 and variables == [("3",) * 9, ("10000",) * 9]
+    assert len({*processes}) == 9 and variables == [("3",) * 9, *((value,) * 9 for value in ab.AS_RUN_SH.values())]
+    assert all(f"{name}=${{{name}:-{value}}}" in (ROOT / "run.sh").read_text() for name, value in ab.AS_RUN_SH.items())
     for number, name in enumerate(order, 1):
         lr = 0.003 if "B" in name else 0.001
         noise = (int(name[9:]) * 7919 + lr * 1e6 * 31) % 13

@@ -37,7 +37,8 @@ from compare import METRICS, compare, report
 from runs import ROOT, LogError, Run, printable, read_log
 
 OWN_FIELDS = ("--seed", "--log_dir", "--run_id", "--resume")      # not for a SPEC: they differ from run to run
-ENVIRONMENT = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "CUDA_VISIBLE_DEVICES")     # the same for all runs
+AS_RUN_SH = dict(GOMP_SPINCOUNT="10000", MALLOC_TRIM_THRESHOLD_="1000000000", MALLOC_MMAP_THRESHOLD_="33554432")
+ENVIRONMENT = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", *AS_RUN_SH)     # the same for all runs
 
 
 # The plan: all that is fixed before the first run.
@@ -224,7 +225,8 @@ def main() -> int:
     parser.add_argument("--nproc", type=int, default=1, help="processes, or GPUs, of a run (default: 1)")
     args = parser.parse_args()
 
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")              # as run.sh
+    for name, value in AS_RUN_SH.items():
+        os.environ.setdefault(name, value)
     signal.signal(signal.SIGTERM, signal.default_int_handler)     # as Ctrl-C
     sys.stdout.reconfigure(line_buffering=True)
     try:
