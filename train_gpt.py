@@ -571,18 +571,18 @@ class Muon(torch.optim.Optimizer):
             for members in shapes.values():
                 self.update(group, members)
     def update(self, group: dict, members: list) -> None:
-        mu, directions = group["momentum"], []
+        mu, G = group["momentum"], []
         for p in members:
             g, state = p.grad, self.state[p]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(p)
             v = state["momentum_buffer"].lerp_(g, 1 - mu)
-            directions.append(self.wide(g.lerp(v, mu) if group["nesterov"] else v))
+            G.append(self.wide(g.lerp(v, mu) if group["nesterov"] else v))
         # Each rank orthogonalizes a share, of which zeros make the last ones whole.
-        G, (rank, size) = torch.cat(directions), ranks()
-        share = math.ceil(len(G) / size)
-        mine = F.pad(G, (0, 0, 0, 0, 0, size * share - len(G))).split(share)[rank]
-        U = gather_rows(self.orthogonalize(mine, group["ns_steps"], group["ns_dtype"]))[:len(G)]
+        (rank, size), count = ranks(), sum(map(len, G))
+        G.append(G[0].new_zeros(-count % size, *G[0].shape[1:]))
+        mine = torch.cat(G).chunk(size)[rank]
+        U = gather_rows(self.orthogonalize(mine, group["ns_steps"], group["ns_dtype"]))[:count]
         if group["beta2"]:  # the rows of a tall matrix are columns here
             means = U.square().mean(1, keepdim=True, dtype=p.dtype)
             state = self.state[members[0]]  # has that of all
