@@ -1,28 +1,37 @@
 #!/usr/bin/env python3
-"""Times the parts of a training step, and the operations within them.
+"""Times the parts of a training step, and the operations within them; or whether one file's step is faster.
 
     python bench/step.py                            # tiny, on the device that training would take
     OMP_NUM_THREADS=1 python bench/step.py tiny --num_layers 3 --steps 50     # and any option of train_gpt.py
+    python bench/step.py tiny --against before.py   # its whole step beside that of another train_gpt.py
 
 A part is timed by itself, so a GPU waits between two of them, as it does not in training. The operations are from
 torch's profiler, by the time within each alone, over steps that are not timed.
+
+--against runs both in this one process, in turns of 5 steps, A B B A. The ratio has far less noise than that of two
+runs, whose memory lies differently; whether the tweak trains as well is what tools/ab.py tells.
 """
 
 import argparse
+import importlib.machinery
+import math
 import sys
 import tempfile
 import time
+import types
 from collections import defaultdict
 from pathlib import Path
 from statistics import median
 
 import torch
+from scipy import stats
 from torch.profiler import profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt  # noqa: E402
 
-WARM_UP, PROFILED = 3, 5    # steps
+WARM_UP, TURN, PROFILED = 3, 5, 5    # steps
+USED = "parse_command_line make_config set_up load_batches train_step".split()     # of a program
 
 
 class Clock:
@@ -42,16 +51,25 @@ class Clock:
         self.start()
 
 
+def set_up(program, options: list[str], steps: int, folder: str, device: torch.device):
+    """Returns a run of that module, of so many steps, with `loader` in it."""
+    given = program.parse_command_line([*options, "--num_steps", str(steps), "--log_dir", folder])
+    run = program.set_up(program.make_config(given), device, {})
+    run.loader = program.load_batches(run.train_rows, run.starts, run.config.seed, device)
+    return run
+
+
 def train(run, steps: int) -> dict[str, list[float]]:
     """Makes the steps of one rank, and returns the seconds of each part. Several micro-batches count as one part."""
-    loader, clock = train_gpt.load_batches(run.train_rows, run.starts, run.config.seed, run.device), Clock(run.device)
+    c, clock = run.config, Clock(run.device)
     for _ in range(steps):
         clock.start()
-        tokens = next(loader)
+        tokens = next(run.loader)
         clock.stop("loader")
-        train_gpt.accumulate_gradients(run.model, tokens, run.micro_batch)
+        at_once = run.at_once[train_gpt.batch_rows(c, run.step)]
+        train_gpt.accumulate_gradients(run.model, tokens, at_once, train_gpt.stage(c, run.step)[1])
         clock.stop("forward and backward")
-        train_gpt.set_schedules(run.optimizers, run.config, run.step)
+        train_gpt.set_schedules(run.optimizers, c, run.step)
         for name, optimizer in run.optimizers.items():
             optimizer.step()
             clock.stop(name)
@@ -59,38 +77,83 @@ def train(run, steps: int) -> dict[str, list[float]]:
     return clock.seconds
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30, help="that are timed [30]")
-    parser.add_argument("--operations", type=int, default=12, metavar="N", help="how many to list [12]")
-    args, options = parser.parse_known_args()
-    with tempfile.TemporaryDirectory() as folder:
-        total = WARM_UP + args.steps + PROFILED
-        given = train_gpt.parse_command_line(
-            [*(options or ["tiny"]), "--num_steps", str(total), "--log_dir", folder])
-        try:
-            run = train_gpt.set_up(train_gpt.make_config(given), train_gpt.join_ranks(600), {})
-        except train_gpt.RunError as error:
-            sys.exit(f"step.py: {error}")
-        train(run, WARM_UP)
-        seconds = train(run, args.steps)
-        with profile() as profiled:
-            train(run, PROFILED)
-    parts = {part: median(times) for part, times in seconds.items()}
+def compare(path: Path, options: list[str], steps: int, folder: str, device: torch.device) -> str:
+    """Returns the table of the file at `path`, A, and of the repository's train_gpt.py, B."""
+    loader = importlib.machinery.SourceFileLoader("against", str(path))
+    other = sys.modules["against"] = types.ModuleType("against")
+    other.__file__ = str(path)
+    loader.exec_module(other)
+    missing = [name for name in USED if not hasattr(other, name)]
+    train_gpt.require(not missing, f"{path}: has no {', '.join(missing)}; give a file with today's functions")
+    programs, rounds = dict(A=other, B=train_gpt), max(2, steps // (2 * TURN))
+    total, clock = WARM_UP + rounds * 2 * TURN, Clock(device)
+    runs = {name: set_up(program, options, total, f"{folder}/{name}", device) for name, program in programs.items()}
+
+    def turn(name: str, steps: int) -> None:
+        clock.start()
+        for _ in range(steps):
+            programs[name].train_step(runs[name], next(runs[name].loader))
+        clock.stop(name)
+        runs[name].unread.clear()
+
+    for name in programs:
+        turn(name, WARM_UP)
+    clock.seconds.clear()
+    for name in "ABBA" * rounds:
+        turn(name, TURN)
+    a, b = ([1e3 * (one + two) / (2 * TURN) for one, two in zip(times[::2], times[1::2], strict=True)]
+            for times in (clock.seconds["A"], clock.seconds["B"]))     # ms a step in each round
+    ratios = stats.ttest_1samp([math.log(y / x) for x, y in zip(a, b, strict=True)], 0)
+    low, high = map(math.exp, ratios.confidence_interval())
+    middle = math.exp((math.log(low) + math.log(high)) / 2)
+    return (f"{header(runs['B'], options)}; {steps} steps of each\n\n"
+            f"| program | ms a step, median of {rounds} rounds |\n|---|---|\n| A: {path} | {median(a):.2f} |\n"
+            f"| B: train_gpt.py | {median(b):.2f} |\n\n"
+            f"B's time / A's: {middle:.3f} (95% confidence interval {low:.3f} to {high:.3f}, p = {ratios.pvalue:.2g})")
+
+
+def header(run, options: list[str]) -> str:
+    return (f"{' '.join(options)}: {train_gpt.describe_hardware(run.device)}, torch {torch.__version__}, "
+            f"{run.config.dtype}, attention {run.attention}")
+
+
+def show_parts(options: list[str], steps: int, operations: int, folder: str, device: torch.device) -> None:
+    """Prints the table of the parts of a step, and that of its slowest operations."""
+    run = set_up(train_gpt, options, WARM_UP + steps + PROFILED, folder, device)
+    train(run, WARM_UP)
+    print(f"{header(run, options)}; medians of {steps} steps\n")
+    parts = {part: median(times) for part, times in train(run, steps).items()}
+    with profile() as profiled:
+        train(run, PROFILED)
     whole = sum(parts.values())
-    print(f"{' '.join(options) or 'tiny'}: {train_gpt.describe_hardware(run.device)}, torch {torch.__version__}, "
-          f"{run.config.dtype}, attention {run.attention}; medians of {args.steps} steps\n")
     print("| part | ms a step | share |\n|---|---|---|")
     for part, value in parts.items():
         print(f"| {part} | {1e3 * value:.2f} | {value / whole:.0%} |")
     print(f"| all | {1e3 * whole:.2f} | |\n")
-    operations = [entry for entry in profiled.key_averages() if "::" in entry.key]
+    entries = [entry for entry in profiled.key_averages() if "::" in entry.key]
     on = "self_device_time_total" if run.device.type == "cuda" else "self_cpu_time_total"
-    all_time = sum(getattr(entry, on) for entry in operations)
+    all_time = sum(getattr(entry, on) for entry in entries)
     print("| operation | calls a step | ms a step | share |\n|---|---|---|---|")
-    for entry in sorted(operations, key=lambda entry: -getattr(entry, on))[:args.operations]:
+    for entry in sorted(entries, key=lambda entry: -getattr(entry, on))[:operations]:
         spent = getattr(entry, on)
         print(f"| {entry.key} | {entry.count / PROFILED:.0f} | {spent / 1e3 / PROFILED:.2f} | {spent / all_time:.0%} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200, help="that are timed, of each program [200]")
+    parser.add_argument("--operations", type=int, default=12, metavar="N", help="how many to list [12]")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="a train_gpt.py to compare with")
+    args, options = parser.parse_known_args()
+    options, device = options or ["tiny"], train_gpt.join_ranks(600)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            if args.against:
+                print(compare(args.against, options, args.steps, folder, device))
+            else:
+                show_parts(options, args.steps, args.operations, folder, device)
+        except (train_gpt.RunError, OSError) as error:
+            sys.exit(f"step.py: {error}")
 
 
 if __name__ == "__main__":

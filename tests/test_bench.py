@@ -53,6 +53,23 @@ def test_the_parts_of_a_step(text):
     assert len(operations) == 4 and operations == sorted(operations, reverse=True)
 
 
+def test_a_step_beside_that_of_another_file(text, tmp_path):
+    """A file that waits 50 ms in each step is found out; one without the functions is named."""
+    slower, empty = tmp_path / "slower.py", tmp_path / "empty.py"
+    empty.touch()
+    slower.write_text((ROOT / "train_gpt.py").read_text().replace(
+        "\ndef train_step(run, tokens):\n", "\ndef train_step(run, tokens):\n    time.sleep(0.05)\n"))
+    out = printed("step.py", "--steps", 30, "tiny", *SMALL, *text, "--against", slower)
+    a, b = (float(ms) for ms in re.findall(r"^\| [AB]: \S+ \| (\S+) \|$", out, re.M))
+    found = re.search(r"time / A's: (\S+) \(95% confidence interval (\S+) to (\S+), p = (\S+)\)", out).groups()
+    ratio, low, high, p = map(float, found)
+    assert a - b > 20 and low < ratio < high < 1 and p < 0.05
+    assert ratio == pytest.approx(b / a, rel=0.3)
+    done = subprocess.run([sys.executable, ROOT / "bench/step.py", "--against", empty], stderr=subprocess.PIPE,
+                          text=True, env=environment())
+    assert done.returncode == 1 and done.stderr.startswith(f"step.py: {empty}: has no parse_command_line, ")
+
+
 @pytest.mark.slow
 def test_a_token_with_the_cache_and_without():
     out = printed("sample.py", "--track", "tiny", "--tokens", 64)
