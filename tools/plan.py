@@ -52,7 +52,7 @@ class Gpu:
 GPUS = {
     "A100 40GB": Gpu(40, 312e12, 1555e9, 230e9, 0.603),
     "A100 80GB": Gpu(80, 312e12, 2039e9, 230e9, 0.603),
-    "H100": Gpu(80, 989e12, 3350e9, 360e9, 0.528),
+    "H100": Gpu(80, 989e12, 3350e9, 360e9, 0.527),
     "RTX 4090": Gpu(24, 165e12, 1008e9, 12e9, 0.603),
     "RTX 3090": Gpu(24, 71e12, 936e9, 12e9, 0.603)}
 # Seconds of a step of 524,288 tokens on 8 GPUs of this model's shapes, as published by modded-nanogpt: records 8 to 11
