@@ -87,7 +87,7 @@ launch=("$python" -m torch.distributed.run $rendezvous --nproc_per_node="$proces
 # Idle OpenMP threads sleep soon, and leave the cores to others. Freed memory stays with the process, which would
 # otherwise give it back and fault it in again many times a second (glibc).
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-1000000000}
-export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-33554432}     # the largest that glibc takes
+export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-33554432}     # at most, by mallopt(3)
 "${launch[@]}" train_gpt.py ${chosen:+"$chosen"} "$@" $save &
 trainer=$!
 trap 'kill -TERM $trainer' TERM     # the terminal sends Ctrl-C to the trainer itself; either way it saves and stops

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt  # noqa: E402
 
 WARM_UP, TURN, PROFILED = 3, 5, 5    # steps
-USED = "parse_command_line make_config set_up load_batches train_step".split()     # of a program
+USED = "parse_command_line make_config set_up load_batches stage train_step".split()     # of a program
 
 
 class Clock:
@@ -52,10 +52,18 @@ class Clock:
 
 
 def set_up(program, options: list[str], steps: int, folder: str, device: torch.device):
-    """Returns a run of that module, of so many steps, with `loader` in it."""
+    """Returns a run of that module, of so many steps, with `loader` in it, compiled and warm at each stage."""
     given = program.parse_command_line([*options, "--num_steps", str(steps), "--log_dir", folder])
     run = program.set_up(program.make_config(given), device, {})
-    run.loader = program.load_batches(run.train_rows, run.starts, run.config.seed, device)
+    firsts = {program.stage(run.config, step): step for step in reversed(range(steps))}
+
+    def load(step: int):
+        return program.load_batches(run.train_rows, run.starts, run.config.seed, device, step)
+
+    for run.step in [*firsts.values()] * WARM_UP:
+        program.train_step(run, next(load(run.step)))
+    run.unread.clear()
+    run.step, run.loader = 0, load(0)
     return run
 
 
@@ -86,30 +94,25 @@ def compare(path: Path, options: list[str], steps: int, folder: str, device: tor
     missing = [name for name in USED if not hasattr(other, name)]
     train_gpt.require(not missing, f"{path}: has no {', '.join(missing)}; give a file with today's functions")
     programs, rounds = dict(A=other, B=train_gpt), max(2, steps // (2 * TURN))
-    total, clock = WARM_UP + rounds * 2 * TURN, Clock(device)
-    runs = {name: set_up(program, options, total, f"{folder}/{name}", device) for name, program in programs.items()}
+    steps, clock = rounds * 2 * TURN, Clock(device)
+    runs = {name: set_up(program, options, steps, f"{folder}/{name}", device) for name, program in programs.items()}
 
-    def turn(name: str, steps: int) -> None:
-        clock.start()
-        for _ in range(steps):
-            programs[name].train_step(runs[name], next(runs[name].loader))
-        clock.stop(name)
-        runs[name].unread.clear()
-
-    for name in programs:
-        turn(name, WARM_UP)
-    clock.seconds.clear()
     for name in "ABBA" * rounds:
-        turn(name, TURN)
+        program, run = programs[name], runs[name]
+        clock.start()
+        for _ in range(TURN):
+            program.train_step(run, next(run.loader))
+        clock.stop(name)
+        run.unread.clear()
     a, b = ([1e3 * (one + two) / (2 * TURN) for one, two in zip(times[::2], times[1::2], strict=True)]
             for times in (clock.seconds["A"], clock.seconds["B"]))     # ms a step in each round
     ratios = stats.ttest_1samp([math.log(y / x) for x, y in zip(a, b, strict=True)], 0)
     low, high = map(math.exp, ratios.confidence_interval())
-    middle = math.exp((math.log(low) + math.log(high)) / 2)
     return (f"{header(runs['B'], options)}; {steps} steps of each\n\n"
             f"| program | ms a step, median of {rounds} rounds |\n|---|---|\n| A: {path} | {median(a):.2f} |\n"
             f"| B: train_gpt.py | {median(b):.2f} |\n\n"
-            f"B's time / A's: {middle:.3f} (95% confidence interval {low:.3f} to {high:.3f}, p = {ratios.pvalue:.2g})")
+            f"B's time / A's: {math.sqrt(low * high):.3f} "
+            f"(95% confidence interval {low:.3f} to {high:.3f}, p = {ratios.pvalue:.2g})")
 
 
 def header(run, options: list[str]) -> str:
@@ -119,8 +122,7 @@ def header(run, options: list[str]) -> str:
 
 def show_parts(options: list[str], steps: int, operations: int, folder: str, device: torch.device) -> None:
     """Prints the table of the parts of a step, and that of its slowest operations."""
-    run = set_up(train_gpt, options, WARM_UP + steps + PROFILED, folder, device)
-    train(run, WARM_UP)
+    run = set_up(train_gpt, options, steps + PROFILED, folder, device)
     print(f"{header(run, options)}; medians of {steps} steps\n")
     parts = {part: median(times) for part, times in train(run, steps).items()}
     with profile() as profiled:
